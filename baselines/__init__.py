@@ -1,0 +1,1 @@
+"""Attention MIL baselines: plain torch models, one file each, written from their papers."""
