@@ -1,0 +1,1 @@
+"""Lightning callbacks: the plug-ins, the mechanism they share, and the attention monitor."""

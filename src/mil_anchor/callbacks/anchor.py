@@ -1,0 +1,162 @@
+"""AnchorCallback: holds a model's attention to an EMA of its own attention block."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from mil_anchor.anchor import Anchor, check_decay, has_lazy_parameters
+from mil_anchor.attention import kl_divergence, log_normalized_sigmoid, log_softmax
+from mil_anchor.callbacks.recorder import RecordedAttention
+from mil_anchor.callbacks.regularizer import AttentionRegularizer
+from mil_anchor.site import AttentionSite
+
+TARGETS = {"nsf": log_normalized_sigmoid, "softmax": log_softmax}
+
+
+class AnchorCallback(AttentionRegularizer):
+    """Adds ``weight x KL(target(anchor scores) ‖ softmax(online scores))`` to the training loss.
+
+    The anchor is an EMA copy of the attention block and gets the block's own, detached input. It
+    lives here, not in the model: the model's ``state_dict`` is untouched and at inference nothing
+    of it remains. A checkpoint of the Trainer carries it.
+
+    Args:
+        site: The attention block: None (a known model), a path, or an `AttentionSite`.
+        target: What the anchor's scores become: ``"nsf"`` (the paper's) or ``"softmax"``.
+        decay: EMA factor in [0, 1).
+        weight: Coefficient of the divergence (the paper's beta), at least 0.
+        update: Move the anchor after every optimizer ``"step"`` or every ``"epoch"``.
+
+    Raises:
+        ValueError: An argument is out of range; the message names it.
+
+    Logs ``anchor/kl`` (the divergence in nats) and ``anchor/loss`` (weight x kl), means over the
+    epoch's distributions.
+
+    Source: ASMIL (arXiv 2603.06658), eq. 4, 5, 7 and 9. KL is summed over instances and averaged
+    over rows and bags.
+    """
+
+    def __init__(
+        self,
+        site: AttentionSite | str | None = None,
+        *,
+        target: str = "nsf",
+        decay: float = 0.999,
+        weight: float = 0.01,
+        update: str = "step",
+    ) -> None:
+        super().__init__(site, weight=weight)
+        _check_choice("target", target, tuple(TARGETS))
+        _check_choice("update", update, ("step", "epoch"))
+        check_decay(decay)
+        self.target = target
+        self.decay = decay
+        self.update = update
+        self._anchor: Anchor | None = None
+        self._saved: dict[str, Tensor] | None = None
+        self._handles: list[RemovableHandle] = []
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        # Every fit has an anchor of its own: of this model, or of the checkpoint loaded next.
+        if stage == "fit":
+            self._anchor = None
+        self._saved = None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        # Only now are the weights final: loaded, and broadcast from rank 0.
+        if not has_lazy_parameters(self.online.block):
+            self._start_anchor()
+        if trainer.ckpt_path is not None and self._saved is None:
+            rank_zero_info(
+                f"The checkpoint {trainer.ckpt_path} holds no anchor for {self.state_key}: the "
+                "anchor starts from the loaded weights."
+            )
+        if self.update == "step":
+            self._follow(trainer.optimizers)
+
+    @override
+    def penalty(self, attention: RecordedAttention) -> Float[Tensor, "bag row"]:
+        if self._anchor is None:
+            self._start_anchor()
+        log_target = TARGETS[self.target](self._anchor_scores(attention), attention.mask)
+        log_online = log_softmax(attention.scores, attention.mask)
+        return kl_divergence(log_target, log_online)
+
+    @override
+    def log_values(self, penalty: Tensor) -> dict[str, Tensor]:
+        return {"anchor/kl": penalty, "anchor/loss": self.weight * penalty}
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.update == "epoch" and self._anchor is not None:
+            self._anchor.update()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._anchor is None else {"anchor": self._anchor.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Called before the model is on its device, and by validate and test too: only kept.
+        self._saved = state_dict.get("anchor")
+
+    def _start_anchor(self) -> None:
+        self._anchor = Anchor(self.online.block, decay=self.decay)
+        if self._saved is not None:
+            self._anchor.load_state_dict(self._saved)
+            self._saved = None
+
+    @torch.no_grad()
+    def _anchor_scores(self, attention: RecordedAttention) -> Tensor:
+        if self._anchor is None:
+            raise RuntimeError("The anchor starts with the first training step of a fit.")
+        site = self.online.site
+        with site.tapped(self._anchor.block) as outputs:
+            self._anchor(*attention.args, **attention.kwargs)
+        return site.read(outputs[-1], features=attention.features, n_bags=len(attention.scores))
+
+    def _follow(self, optimizers: list[Optimizer]) -> None:
+        """Move the anchor after each step of the optimizers that own the block's parameters."""
+        block = {id(parameter) for parameter in self.online.block.parameters()}
+        for optimizer in optimizers:
+            owned = [p for g in optimizer.param_groups for p in g["params"] if id(p) in block]
+            if owned:
+                self._handles.append(optimizer.register_step_post_hook(self._on_step(owned)))
+        if not self._handles:
+            raise MisconfigurationException(
+                f"An optimizer must own a parameter of attention block '{self.online.site.block}', "
+                "or the anchor never moves, but none does. Name the block that is trained."
+            )
+
+    def _on_step(self, owned: list[Tensor]) -> Any:
+        def move(*_: Any) -> None:
+            # A training step that returns None still calls optimizer.step, without gradients.
+            if self._anchor is not None and any(p.grad is not None for p in owned):
+                self._anchor.update(owned)
+
+        return move
+
+    def _detach(self) -> None:
+        super()._detach()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, but got '{value}'.")

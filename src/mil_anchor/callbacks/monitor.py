@@ -1,0 +1,217 @@
+"""AttentionMonitor: how much a model's attention on the validation bags moves between epochs."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from mil_anchor.attention import js_divergence, log_softmax, normalized_entropy
+from mil_anchor.callbacks.recorder import AttentionRecorder, RecordedAttention
+from mil_anchor.site import AttentionSite, resolve_site
+
+
+class AttentionRow(NamedTuple):
+    """One row of ``attention.csv``."""
+
+    epoch: int
+    bag_id: str
+    jsd: float | None
+    entropy: float
+
+
+class AttentionMonitor(Callback):
+    """Measures the attention of every validation bag in every epoch, without a forward of its own.
+
+    Per bag, mean over rows: the Jensen-Shannon divergence to the previous epoch's attention (nats,
+    empty in the first epoch) and the entropy / ln N. Written to a CSV file with columns ``epoch,
+    bag_id, jsd, entropy``; epoch means are logged as ``attention/jsd`` and ``attention/entropy``.
+    Bags come in a fixed order, from a model in evaluation mode. Works with and without a plug-in.
+
+    Args:
+        site: The attention block: None (a known model), a path, or an `AttentionSite`.
+        path: The CSV file; None: ``attention.csv`` in the Trainer's log folder.
+
+    Source: ASMIL (arXiv 2603.06658), eq. 3 and 35.
+    """
+
+    def __init__(
+        self, site: AttentionSite | str | None = None, *, path: str | Path | None = None
+    ) -> None:
+        self.site = site
+        self.path = path
+        self._recorder: AttentionRecorder | None = None
+        self._previous: dict[str, Tensor] = {}
+        self._current: dict[str, Tensor] = {}
+        self._last_epoch: int | None = None
+        self._file = Path()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(site=str(self.site))
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._previous, self._current, self._last_epoch = {}, {}, None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        site = resolve_site(pl_module, self.site)
+        self._recorder = AttentionRecorder(pl_module, site, only_with_grad=False)
+        # log_dir is a collective call: every rank asks.
+        folder = trainer.log_dir or trainer.default_root_dir
+        self._file = Path(self.path) if self.path is not None else Path(folder) / "attention.csv"
+        if trainer.is_global_zero:
+            self._start_file()
+
+    @override
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._recorder is not None:
+            self._recorder.start()
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._recorder is None:
+            return
+        attention = [bag for call in self._recorder.take(batch) for bag in _attention_by_bag(call)]
+        self._recorder.stop()
+        ids = _bag_ids(batch, len(attention), f"{dataloader_idx}:{batch_idx}")
+        self._current.update(zip(ids, attention, strict=True))
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._recorder is None:
+            return
+        epoch = trainer.current_epoch
+        rows = _of_all_ranks(
+            [
+                AttentionRow(
+                    epoch,
+                    bag_id,
+                    _jsd(self._previous.get(bag_id), log_attention),
+                    float(normalized_entropy(log_attention).mean()),
+                )
+                for bag_id, log_attention in self._current.items()
+            ]
+        )
+        self._previous, self._current, self._last_epoch = self._current, {}, epoch
+        if trainer.is_global_zero:
+            with self._file.open("a", newline="") as file:
+                csv.writer(file).writerows(rows)
+        moved = [row.jsd for row in rows if row.jsd is not None]
+        if moved:
+            pl_module.log("attention/jsd", fmean(moved))
+        if rows:
+            pl_module.log("attention/entropy", fmean(row.entropy for row in rows))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._detach()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._detach()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._detach()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"previous": self._previous, "last_epoch": self._last_epoch}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._previous = state_dict["previous"]
+        self._last_epoch = state_dict["last_epoch"]
+
+    def _start_file(self) -> None:
+        """A new file, or the rows up to the epoch that a checkpoint continues from."""
+        kept: list[AttentionRow] = []
+        if self._last_epoch is not None and self._file.exists():
+            kept = [row for row in read_attention(self._file) if row.epoch <= self._last_epoch]
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(AttentionRow._fields)
+            writer.writerows(kept)
+
+    def _detach(self) -> None:
+        if self._recorder is not None:
+            self._recorder.remove()
+            self._recorder = None
+
+
+def read_attention(path: Path) -> list[AttentionRow]:
+    """The rows of an ``attention.csv``."""
+    with path.open(newline="") as file:
+        return [
+            AttentionRow(
+                int(row["epoch"]),
+                row["bag_id"],
+                float(row["jsd"]) if row["jsd"] else None,
+                float(row["entropy"]),
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+def _attention_by_bag(call: RecordedAttention) -> list[Tensor]:
+    """Log-attention (row, instance) of each bag, real instances only."""
+    log_attention = log_softmax(call.scores, call.mask).float().cpu()
+    if call.mask is None:
+        return list(log_attention)
+    return [bag[:, real] for bag, real in zip(log_attention, call.mask.cpu(), strict=True)]
+
+
+def _bag_ids(batch: Any, n_bags: int, position: str) -> list[str]:
+    ids = batch.get("bag_id") if isinstance(batch, Mapping) else getattr(batch, "bag_id", None)
+    if ids is None:
+        return [f"{position}:{index}" for index in range(n_bags)]
+    if len(ids) != n_bags:
+        raise ValueError(
+            "The monitor needs one attention per bag, but the attention block gave "
+            f"{n_bags} for the {len(ids)} bags {list(ids)}. Name a block that sees whole bags."
+        )
+    return [str(bag_id) for bag_id in ids]
+
+
+def _jsd(previous: Tensor | None, current: Tensor) -> float | None:
+    # A bag that was resampled to another size has no earlier attention to compare with.
+    if previous is None or previous.shape != current.shape:
+        return None
+    return float(js_divergence(previous, current).mean())
+
+
+def _of_all_ranks(rows: list[AttentionRow]) -> list[AttentionRow]:
+    """Rows of every rank, each bag once: a distributed sampler may repeat bags."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return rows
+    gathered: list[list[AttentionRow]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, rows)
+    by_bag = {row.bag_id: row for part in gathered for row in part}
+    return list(by_bag.values())

@@ -1,0 +1,172 @@
+"""The one place where a LightningModule's training step is wrapped."""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+_NOT_SET = object()
+
+
+@runtime_checkable
+class LossTerm(Protocol):
+    """What adds a term to the training loss."""
+
+    def start_step(self, batch: Any) -> None:
+        """The training step begins."""
+
+    def take_term(self) -> Tensor | None:
+        """The weighted term for what has run since the last time, None if there is none."""
+
+    def end_step(self) -> None:
+        """The training step is over, by return or by exception: keep nothing of it."""
+
+    def describe_missing(self) -> str:
+        """What to tell the user when a whole training step gave no term."""
+
+    @property
+    def has_recorded(self) -> bool:
+        """Whether something has run since the last term was taken."""
+
+
+class TrainingPatch:
+    """Wraps ``training_step`` and ``manual_backward`` on one module instance.
+
+    One patch serves all plug-ins on a module; they leave in any order, and the last one puts back
+    exactly what the instance held. Copies and pickles of the module have the plain methods.
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        self._module = module
+        self._terms: list[LossTerm] = []
+        self._taken: set[int] = set()
+        self._called_manual_backward = False
+        self._methods = [
+            _PatchedMethod(module, "training_step", self._training_step, self),
+            _PatchedMethod(module, "manual_backward", self._manual_backward, self),
+        ]
+
+    @classmethod
+    def add(cls, module: LightningModule, term: LossTerm) -> "TrainingPatch":
+        """Let a term take part in the module's training steps."""
+        method = vars(module).get("training_step")
+        patch = method.patch if isinstance(method, _PatchedMethod) else cls(module)
+        patch._terms.append(term)
+        return patch
+
+    def remove(self, term: LossTerm) -> None:
+        """Let a term go; the last one restores the module."""
+        self._terms = [kept for kept in self._terms if kept is not term]
+        if not self._terms:
+            for method in self._methods:
+                method.restore()
+
+    def _training_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        batch = next(iter((*args, *kwargs.values())), None)
+        self._taken.clear()
+        self._called_manual_backward = False
+        for term in self._terms:
+            term.start_step(batch)
+        try:
+            result = step(*args, **kwargs)
+            if self._module.automatic_optimization:
+                return self._add_terms_to_result(result)
+            self._check_manual_step()
+            return result
+        finally:
+            for term in self._terms:
+                term.end_step()
+
+    def _manual_backward(
+        self, backward: Callable[..., None], loss: Tensor, *args: Any, **kwargs: Any
+    ) -> None:
+        self._called_manual_backward = True
+        for term in self._terms:
+            if term.has_recorded:
+                loss = _plus(loss, term.take_term())
+                self._taken.add(id(term))
+        backward(loss, *args, **kwargs)
+
+    def _add_terms_to_result(self, result: Any) -> Any:
+        if isinstance(result, Tensor):
+            return self._plus_terms(result)
+        if isinstance(result, Mapping) and isinstance(result.get("loss"), Tensor):
+            return {**result, "loss": self._plus_terms(result["loss"])}
+        return result  # None skips the step; anything else is Lightning's to refuse
+
+    def _plus_terms(self, loss: Tensor) -> Tensor:
+        for term in self._terms:
+            if not term.has_recorded:
+                raise MisconfigurationException(term.describe_missing())
+            loss = _plus(loss, term.take_term())
+        return loss
+
+    def _check_manual_step(self) -> None:
+        for term in self._terms:
+            if id(term) in self._taken:
+                continue
+            if term.has_recorded:
+                raise MisconfigurationException(
+                    "With manual optimization the loss must go through self.manual_backward(loss) "
+                    "so that a plug-in can add its term, but this training step ran the attention "
+                    "block without it. Replace loss.backward()."
+                )
+            if self._called_manual_backward:
+                raise MisconfigurationException(term.describe_missing())
+
+
+class _PatchedMethod:
+    """Stands in for a bound method in the instance's ``__dict__``."""
+
+    def __init__(
+        self,
+        module: LightningModule,
+        name: str,
+        replacement: Callable[..., Any],
+        patch: TrainingPatch,
+    ) -> None:
+        self.patch = patch
+        self._module = module
+        self._name = name
+        self._replacement = replacement
+        self._held = vars(module).get(name, _NOT_SET)
+        self._inner = getattr(module, name)
+        functools.update_wrapper(self, self._inner, updated=())
+        # Lightning unwraps one level when it looks at a hook's signature.
+        self.__wrapped__ = inspect.unwrap(self._inner)
+        vars(module)[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._replacement(self._inner, *args, **kwargs)
+
+    def restore(self) -> None:
+        # Something else may have been wrapped around us since: then we stay, without effect.
+        if vars(self._module).get(self._name) is not self:
+            return
+        if self._held is _NOT_SET:
+            del vars(self._module)[self._name]
+        else:
+            vars(self._module)[self._name] = self._held
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # deepcopy and pickle of the module in mid-fit give the copy its own plain method.
+        if isinstance(self._inner, types.MethodType):
+            return _bind, (self._inner.__func__, self._inner.__self__)
+        return _itself, (self._inner,)
+
+
+def _bind(function: Callable[..., Any], module: LightningModule) -> Callable[..., Any]:
+    return types.MethodType(function, module)
+
+
+def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
+    return method
+
+
+def _plus(loss: Tensor, term: Tensor | None) -> Tensor:
+    return loss if term is None else loss + term

@@ -1,0 +1,69 @@
+"""RandomState: makes a resumed run draw the random numbers that the uninterrupted one draws."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from lightning.pytorch import Callback
+from typing_extensions import override
+
+
+class RandomState(Callback):
+    """Saves the random states of every process in the checkpoint, and restores them.
+
+    Lightning's checkpoints hold no random states. With this callback a run that is stopped and
+    resumed from a checkpoint written at an epoch's end equals the uninterrupted run bit for bit
+    (same machine, same number of processes); an interrupted epoch is repeated.
+
+    Raises:
+        RuntimeError: The checkpoint was written by another number of processes.
+    """
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        states = [_random_states()]
+        if _is_distributed():
+            states = [{} for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather_object(states, _random_states())
+        return {"processes": states}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        processes = state_dict["processes"]
+        own = torch.distributed.get_rank() if _is_distributed() else 0
+        n_processes = torch.distributed.get_world_size() if _is_distributed() else 1
+        if len(processes) != n_processes:
+            raise RuntimeError(
+                f"A run must be resumed with as many processes as it had, {len(processes)}, but "
+                f"this one has {n_processes}. Set trainer.devices accordingly."
+            )
+        _restore(processes[own])
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _random_states() -> dict[str, Any]:
+    # Plain numbers and tensors only: Lightning loads checkpoints with weights_only=True.
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 (the global generator is meant)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": {
+            **numpy_state,
+            "state": {**numpy_state["state"], "key": numpy_state["state"]["key"].tolist()},
+        },
+        "python": random.getstate(),
+    }
+
+
+def _restore(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    version, internal, gauss_next = states["python"]
+    random.setstate((version, tuple(internal), gauss_next))

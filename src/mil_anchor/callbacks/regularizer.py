@@ -1,0 +1,176 @@
+"""The mechanism of every plug-in: a penalty on the attention of each training step."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from mil_anchor.callbacks.patch import TrainingPatch
+from mil_anchor.callbacks.recorder import AttentionRecorder, RecordedAttention
+from mil_anchor.site import AttentionSite, resolve_site
+
+
+class AttentionRegularizer(Callback, ABC):
+    """Adds ``weight x mean penalty`` to the training loss of an unmodified model.
+
+    A subclass says what the penalty of one recorded call of the attention block is. During a
+    training step the block's calls are recorded by a hook; after the step the penalty, averaged
+    over calls, bags and rows, joins the loss that ``training_step`` returns (a tensor or a
+    mapping with "loss") or, with manual optimization, the loss given to ``manual_backward``. The
+    module is as before when fit ends, however it ends. A weight of 0 only measures.
+
+    Args:
+        site: The attention block: None (a known model), a path, or an `AttentionSite`.
+        weight: Coefficient of the penalty, at least 0.
+
+    Raises:
+        ValueError: The weight is negative or not finite.
+
+    Example:
+        A penalty on the largest attention weight, as a plug-in of its own::
+
+            class Ceiling(AttentionRegularizer):
+                def penalty(self, attention):
+                    return softmax(attention.scores, attention.mask).amax(dim=-1)
+
+                def log_values(self, penalty):
+                    return {"ceiling/largest": penalty}
+    """
+
+    def __init__(self, site: AttentionSite | str | None = None, *, weight: float) -> None:
+        if not 0 <= weight < float("inf"):
+            raise ValueError(
+                f"weight must be a finite number of at least 0, but got {weight}. Use 0 to measure "
+                "without changing the training."
+            )
+        self.site = site
+        self.weight = weight
+        self._recorder: AttentionRecorder | None = None
+        self._patch: TrainingPatch | None = None
+        self._batch: Any = None
+        self._values: list[Tensor] = []
+        self._n_values: list[int] = []
+
+    @abstractmethod
+    def penalty(self, attention: RecordedAttention) -> Float[Tensor, "bag row"]:
+        """The penalty of each bag and row for one call of the attention block."""
+
+    @abstractmethod
+    def log_values(self, penalty: Tensor) -> dict[str, Tensor]:
+        """What to log at the end of an epoch, given the epoch's mean penalty."""
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(site=str(self.site))
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        sharded = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+        if stage == "fit" and isinstance(trainer.strategy, sharded):
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs whole parameters on every device, but "
+                f"{type(trainer.strategy).__name__} shards them. Use strategy='ddp'."
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        site = resolve_site(pl_module, self.site)
+        self._recorder = AttentionRecorder(pl_module, site, only_with_grad=True)
+        self._patch = TrainingPatch.add(pl_module, self)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._values:
+            return
+        # A metric of ours, not self.log per step: it weighs ranks and steps by their number of
+        # distributions, and a step pays nothing for it.
+        mean = MeanMetric().to(pl_module.device)
+        mean.update(
+            torch.stack(self._values), torch.tensor(self._n_values, device=pl_module.device)
+        )
+        self._values, self._n_values = [], []
+        others = [
+            other
+            for other in trainer.callbacks  # type: ignore[attr-defined]
+            if type(other) is type(self) and other is not self
+        ]
+        suffix = f"/{self.online.site.block}" if others else ""
+        values = self.log_values(mean.compute())
+        pl_module.log_dict({f"{key}{suffix}": value for key, value in values.items()})
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._detach()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._detach()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._detach()
+
+    @property
+    def online(self) -> AttentionRecorder:
+        """The recorder on the model's own attention block; there is one while a fit runs."""
+        if self._recorder is None:
+            raise RuntimeError(
+                f"{type(self).__name__} is attached to a model only while trainer.fit runs."
+            )
+        return self._recorder
+
+    def start_step(self, batch: Any) -> None:
+        """Record from here on."""
+        self._batch = batch
+        self.online.start()
+
+    def take_term(self) -> Tensor | None:
+        """The weighted penalty of the calls recorded so far; None for weight 0."""
+        # At weight 0 nothing enters the loss, not even a zero: training is bit for bit as without.
+        with torch.set_grad_enabled(self.weight > 0):
+            calls = self.online.take(self._batch)
+            penalties = torch.cat([self.penalty(call).flatten() for call in calls])
+            mean = penalties.mean()
+        self._values.append(mean.detach())
+        self._n_values.append(len(penalties))
+        return self.weight * mean if self.weight > 0 else None
+
+    def end_step(self) -> None:
+        """Drop what the step left behind, graph included."""
+        self._batch = None
+        self.online.stop()
+
+    def describe_missing(self) -> str:
+        """Why a training step may have given no scores."""
+        return (
+            f"{type(self).__name__} must see the attention block '{self.online.site.block}' run "
+            "with gradients in every training step, but it did not. Check that the path names the "
+            "block in use, that training_step calls it as a module (not its forward), that it does "
+            "not run under no_grad or reentrant checkpointing, and that the model was not compiled "
+            "and run before fit (torch._dynamo.reset() cures that)."
+        )
+
+    @property
+    def has_recorded(self) -> bool:
+        """Whether the block has run since the last term was taken."""
+        return self.online.has_calls
+
+    def _detach(self) -> None:
+        if self._patch is not None:
+            self._patch.remove(self)
+            self._patch = None
+        if self._recorder is not None:
+            self._recorder.remove()
+            self._recorder = None
+        self._batch = None
+        self._values, self._n_values = [], []

@@ -1,0 +1,274 @@
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+
+from mil_anchor import AnchorCallback, AttentionRegularizer, AttentionSite
+from mil_anchor.attention import softmax
+from tests.callbacks.tiny import (
+    TinyModule,
+    assert_equal_states,
+    make_batches,
+    make_loader,
+    make_trainer,
+    parameters_of,
+    seeded_module,
+)
+
+BLOCK = "net.attention"
+
+
+class Ceiling(AttentionRegularizer):
+    """The plug-in of the docstring: a penalty on the largest attention weight."""
+
+    def penalty(self, attention):
+        return softmax(attention.scores, attention.mask).amax(dim=-1)
+
+    def log_values(self, penalty):
+        return {"ceiling/largest": penalty}
+
+
+def test_regularizer__plugin_of_ten_lines__acts_on_the_training(tmp_path):
+    largest = {}
+    for weight in (0.0, 20.0):
+        plugin = Ceiling(BLOCK, weight=weight)
+        trainer = make_trainer(tmp_path, plugin, max_epochs=10)
+        trainer.fit(seeded_module(dropout=0.0), make_loader())
+        largest[weight] = trainer.callback_metrics["ceiling/largest"].item()
+
+    assert largest[20.0] < largest[0.0] - 0.1
+
+
+def test_regularizer__two_plugins_on_one_block__add_up_in_any_order(tmp_path):
+    trained = []
+    for order in (1, -1):
+        plugins = [Ceiling(BLOCK, weight=0.3), AnchorCallback(BLOCK, weight=0.5, decay=0.9)][
+            ::order
+        ]
+        module = seeded_module(dropout=0.0)
+        make_trainer(tmp_path, *plugins, precision="64-true").fit(module, make_loader())
+        trained.append(parameters_of(module))
+
+    for name, tensor in trained[0].items():
+        assert torch.allclose(tensor, trained[1][name], atol=1e-9), name
+
+
+class MidFit(Callback):
+    """Looks at the module while a fit runs."""
+
+    def __init__(self, look) -> None:
+        self.look = look
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(self.look(pl_module))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_regularizer__copy_of_the_module_in_mid_fit__is_a_plain_module(tmp_path, copied):
+    batch = make_batches(1)[0]
+    module = seeded_module(dropout=0.0)
+    keys = list(module.state_dict())
+    plugin = AnchorCallback(BLOCK, weight=0.5)
+
+    def look(online):
+        twin = copied(online)
+        loss = twin.training_step(batch, 0)
+        loss.backward()
+        assert list(online.state_dict()) == list(twin.state_dict()) == keys
+        assert torch.equal(loss, online.loss(batch))
+        assert twin.training_step.__self__ is twin
+        assert not plugin.has_recorded
+
+    watch = MidFit(look)
+    make_trainer(tmp_path, plugin, watch).fit(module, make_loader())
+
+    assert len(watch.seen) == 12
+
+
+def test_regularizer__after_each_step__keeps_no_tensor_with_a_graph(tmp_path):
+    plugin = AnchorCallback(BLOCK, weight=0.5)
+
+    def look(online):
+        assert not plugin.has_recorded
+        gc.collect()
+        return sum(
+            issubclass(type(o), torch.Tensor) and o.grad_fn is not None for o in gc.get_objects()
+        )
+
+    watch = MidFit(look)
+    make_trainer(tmp_path, plugin, watch, max_epochs=3).fit(seeded_module(), make_loader())
+
+    assert len(set(watch.seen[3:])) == 1
+
+
+def test_regularizer__validation_inside_training__records_nothing(tmp_path):
+    calls = []
+
+    class Counting(Ceiling):
+        def penalty(self, attention):
+            calls.append(attention.scores.requires_grad)
+            return super().penalty(attention)
+
+    trainer = make_trainer(tmp_path, Counting(BLOCK, weight=0.1), val_check_interval=2)
+    trainer.fit(seeded_module(), make_loader(), make_loader())
+
+    assert calls == [True] * 12
+
+
+def test_regularizer__scores_masked_in_place_by_the_model__are_kept_as_they_were(tmp_path):
+    class InPlace(TinyModule):
+        def loss(self, batch):
+            hidden = self.net.encoder(batch["features"])
+            scores = self.net.attention(hidden)
+            scores[:, 0] = -1e9
+            return self.net.head(torch.softmax(scores, 1).transpose(1, 2) @ hidden).square().mean()
+
+    seen = []
+
+    class Looking(Ceiling):
+        def penalty(self, attention):
+            seen.append(attention.scores.min().item())
+            return super().penalty(attention)
+
+    make_trainer(tmp_path, Looking(BLOCK, weight=0.1)).fit(seeded_module(InPlace), make_loader())
+
+    assert min(seen) > -1e8
+
+
+def test_regularizer__input_changed_in_place_after_the_block__is_refused(tmp_path):
+    class Changing(TinyModule):
+        def loss(self, batch):
+            features = batch["features"].clone()
+            scores = self.net.attention(self.net.encoder(features).detach().mul_(1))
+            hidden = self.net.encoder(features)
+            self.net.attention(hidden.detach_())
+            hidden.add_(1)
+            return scores.sum()
+
+    with pytest.raises(RuntimeError, match="has changed them in place"):
+        make_trainer(tmp_path, AnchorCallback(BLOCK)).fit(seeded_module(Changing), make_loader())
+
+
+class Padded(TinyModule):
+    """Sees padded batches and masks its softmax; the mask does not reach the block."""
+
+    def loss(self, batch):
+        hidden = self.net.encoder(batch["features"])
+        scores = self.net.attention(hidden).masked_fill(~batch["mask"][..., None], -torch.inf)
+        pooled = torch.softmax(scores, dim=1).transpose(1, 2) @ hidden
+        return nn.functional.cross_entropy(self.net.head(pooled.mean(1)), batch["label"])
+
+
+def _padded_batches(n_padding):
+    batches = make_batches()
+    for batch in batches:
+        n_bags, n_instances, width = batch["features"].shape
+        padding = torch.full((n_bags, n_padding, width), 9.0)
+        batch["features"] = torch.cat([batch["features"], padding], dim=1)
+        batch["mask"] = (torch.arange(n_instances + n_padding) < n_instances).expand(n_bags, -1)
+    return batches
+
+
+def test_regularizer__padding_in_the_batch__changes_nothing(tmp_path):
+    trained = []
+    for n_padding in (0, 7):
+        module = seeded_module(Padded, dropout=0.0)
+        callback = AnchorCallback(BLOCK, weight=2.0, decay=0.9)
+        make_trainer(tmp_path, callback, precision="64-true").fit(
+            module, make_loader(_padded_batches(n_padding))
+        )
+        trained.append(parameters_of(module))
+
+    for name, tensor in trained[0].items():
+        assert torch.allclose(tensor, trained[1][name], atol=1e-12), name
+
+
+def test_regularizer__model_that_takes_bags_one_by_one__is_measured_without_padding(tmp_path):
+    class OneByOne(Padded):
+        def loss(self, batch):
+            return sum(
+                super(OneByOne, self).loss(
+                    {
+                        "features": features[None, real],
+                        "mask": torch.ones(1, int(real.sum()), dtype=torch.bool),
+                        "label": label[None],
+                    }
+                )
+                for features, real, label in zip(
+                    batch["features"], batch["mask"], batch["label"], strict=True
+                )
+            ) / len(batch["label"])
+
+    trained = []
+    for cls in (Padded, OneByOne):
+        module = seeded_module(cls, dropout=0.0)
+        callback = AnchorCallback(BLOCK, weight=2.0, decay=0.9)
+        make_trainer(tmp_path, callback, precision="64-true").fit(
+            module, make_loader(_padded_batches(3))
+        )
+        trained.append(parameters_of(module))
+
+    for name, tensor in trained[0].items():
+        assert torch.allclose(tensor, trained[1][name], atol=1e-12), name
+
+
+def test_regularizer__scores_that_do_not_cover_the_padded_batch__are_refused(tmp_path):
+    class Cropping(Padded):
+        def loss(self, batch):
+            crop = {"features": batch["features"][:, 1:], "mask": batch["mask"][:, 1:]}
+            return super().loss({**batch, **crop})
+
+    with pytest.raises(ValueError, match=r"mask is \(2, 8\) and the calls have .* \[\(2, 7\)\]"):
+        make_trainer(tmp_path, AnchorCallback(BLOCK)).fit(
+            seeded_module(Cropping), make_loader(_padded_batches(3))
+        )
+
+
+def test_regularizer__sharded_strategy__is_refused(tmp_path, monkeypatch):
+    # A real one needs CUDA; only its type matters.
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(Trainer, "strategy", object.__new__(FSDPStrategy))
+
+    with pytest.raises(MisconfigurationException, match="FSDPStrategy shards them"):
+        AnchorCallback(BLOCK).setup(trainer, seeded_module(), "fit")
+
+
+# Dynamo looks at .grad of an intermediate tensor itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_regularizer__compiled_model__trains_like_the_plain_one(tmp_path):
+    trained = []
+    for compiled in (False, True):
+        module = seeded_module(dropout=0.0)
+        if compiled:
+            module.net.compile(backend="eager")
+        make_trainer(tmp_path, AnchorCallback(BLOCK, weight=0.5)).fit(module, make_loader())
+        trained.append(parameters_of(module))
+    torch.compiler.reset()
+
+    assert_equal_states(*trained)
+
+
+def test_regularizer__probabilities_of_a_tuple_output__can_be_picked(tmp_path):
+    class Tuple(nn.Linear):
+        def forward(self, features):
+            return {"scores": super().forward(features), "features": features}
+
+    class Module(TinyModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Tuple(4, 1)
+
+        def loss(self, batch):
+            return (torch.softmax(self.block(batch["features"])["scores"], 1) ** 2).sum()
+
+    site = AttentionSite("block", layout="b n r", output="scores")
+    make_trainer(tmp_path, AnchorCallback(site)).fit(seeded_module(Module), make_loader())
+    with pytest.raises(ValueError, match="a mapping with keys"):
+        make_trainer(tmp_path, AnchorCallback("block")).fit(seeded_module(Module), make_loader())
