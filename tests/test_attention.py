@@ -208,7 +208,9 @@ def test_attention__scores_that_the_model_masked_with_minus_infinity__count_as_p
     masked = torch.tensor([[[1.0, 2.0, -torch.inf]]])
 
     assert torch.equal(softmax(masked)[..., :2], softmax(masked[..., :2]))
-    assert normalized_entropy(log_softmax(masked)) == normalized_entropy(log_softmax(masked[..., :2]))
+    assert normalized_entropy(log_softmax(masked)) == normalized_entropy(
+        log_softmax(masked[..., :2])
+    )
 
 
 def test_entropy__uniform_peaked_and_single__is_one_zero_one():

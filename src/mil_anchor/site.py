@@ -240,8 +240,9 @@ def _tell_layout(block: str, scores: Tensor, features: Tensor | None) -> str:
         and scores.shape[layout.split().index("n")] == n_instances
         and (not batched or scores.shape[0] == features.shape[0])
     ]
-    # With one row both readings of a one-instance bag are the same.
-    if len(fitting) == 1 or (fitting and scores.numel() == scores.shape[0] * n_instances):
+    # With one row, both readings of a one-instance bag are the same.
+    one_row = scores.numel() == features.shape[:-1].numel()
+    if len(fitting) == 1 or (fitting and one_row):
         return fitting[0]
     raise ValueError(
         f"The layout of the scores of block '{block}' cannot be told: it takes "

@@ -479,5 +479,7 @@ def test_anchor_callback__argument_out_of_range__is_named(arguments, message):
 
 
 def test_anchor_callback__wrong_path__names_the_part_that_fails(tmp_path):
-    with pytest.raises(ValueError, match="TinyMIL has no 'attn'. It has: encoder, attention, head"):
+    with pytest.raises(
+        ValueError, match=r"TinyMIL has no 'attn'\. It has: encoder, attention, head"
+    ):
         make_trainer(tmp_path, AnchorCallback("net.attn")).fit(seeded_module(), make_loader())

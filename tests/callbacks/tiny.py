@@ -119,7 +119,8 @@ def hand_written_penalty(module, anchor, features, target):
 def hand_written_fit(module, batches, *, weight, decay, target="nsf", **how):
     """The whole method as a plain loop in float64: epochs, accumulate, clip, per_epoch.
 
-    Returns the anchor, the mean penalty of the last epoch, and the module it trained.
+    A batch may be a tuple with one batch for each process. Returns the anchor, the mean penalty of
+    the last epoch, and the module it trained.
     """
     accumulate, clip = how.get("accumulate", 1), how.get("clip")
     module = copy.deepcopy(module).double()
@@ -137,11 +138,13 @@ def hand_written_fit(module, batches, *, weight, decay, target="nsf", **how):
     for _ in range(how.get("epochs", 2)):
         penalties = []
         for index, batch in enumerate(batches):
-            features = batch["features"].double()
-            loss = nn.functional.cross_entropy(module.net(features), batch["label"])
-            penalty = hand_written_penalty(module, anchor, features, target)
-            penalties.append(penalty.item())
-            ((loss + weight * penalty) / accumulate).backward()
+            of_ranks = batch if isinstance(batch, tuple) else (batch,)
+            for own in of_ranks:
+                features = own["features"].double()
+                loss = nn.functional.cross_entropy(module.net(features), own["label"])
+                penalty = hand_written_penalty(module, anchor, features, target)
+                penalties.append(penalty.item())
+                ((loss + weight * penalty) / accumulate / len(of_ranks)).backward()
             if (index + 1) % accumulate == 0 or index + 1 == len(batches):
                 if clip is not None:
                     torch.nn.utils.clip_grad_norm_(module.parameters(), clip)

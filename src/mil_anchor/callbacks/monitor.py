@@ -6,13 +6,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
 from mil_anchor.attention import js_divergence, log_softmax, normalized_entropy
+from mil_anchor.callbacks.processes import gather_objects
 from mil_anchor.callbacks.recorder import AttentionRecorder, RecordedAttention
 from mil_anchor.site import AttentionSite, resolve_site
 
@@ -105,17 +104,17 @@ class AttentionMonitor(Callback):
         if self._recorder is None:
             return
         epoch = trainer.current_epoch
-        rows = _of_all_ranks(
-            [
-                AttentionRow(
-                    epoch,
-                    bag_id,
-                    _jsd(self._previous.get(bag_id), log_attention),
-                    float(normalized_entropy(log_attention).mean()),
-                )
-                for bag_id, log_attention in self._current.items()
-            ]
-        )
+        own = {
+            bag_id: AttentionRow(
+                epoch,
+                bag_id,
+                _jsd(self._previous.get(bag_id), log_attention),
+                float(normalized_entropy(log_attention).mean()),
+            )
+            for bag_id, log_attention in self._current.items()
+        }
+        # By id, so each bag once: a distributed sampler may repeat bags.
+        rows = [*_united(gather_objects(own)).values()]
         self._previous, self._current, self._last_epoch = self._current, {}, epoch
         if trainer.is_global_zero:
             with self._file.open("a", newline="") as file:
@@ -142,7 +141,8 @@ class AttentionMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"previous": self._previous, "last_epoch": self._last_epoch}
+        previous = _united(gather_objects(self._previous))
+        return {"previous": previous, "last_epoch": self._last_epoch}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -207,11 +207,5 @@ def _jsd(previous: Tensor | None, current: Tensor) -> float | None:
     return float(js_divergence(previous, current).mean())
 
 
-def _of_all_ranks(rows: list[AttentionRow]) -> list[AttentionRow]:
-    """Rows of every rank, each bag once: a distributed sampler may repeat bags."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return rows
-    gathered: list[list[AttentionRow]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(gathered, rows)
-    by_bag = {row.bag_id: row for part in gathered for row in part}
-    return list(by_bag.values())
+def _united(of_processes: list[dict[str, Any]]) -> dict[str, Any]:
+    return {bag_id: value for own in of_processes for bag_id, value in own.items()}

@@ -9,6 +9,8 @@ import torch.distributed
 from lightning.pytorch import Callback
 from typing_extensions import override
 
+from mil_anchor.callbacks.processes import gather_objects, is_distributed
+
 
 class RandomState(Callback):
     """Saves the random states of every process in the checkpoint, and restores them.
@@ -23,27 +25,20 @@ class RandomState(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        states = [_random_states()]
-        if _is_distributed():
-            states = [{} for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather_object(states, _random_states())
-        return {"processes": states}
+        return {"processes": gather_objects(_random_states())}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         processes = state_dict["processes"]
-        own = torch.distributed.get_rank() if _is_distributed() else 0
-        n_processes = torch.distributed.get_world_size() if _is_distributed() else 1
+        rank, n_processes = 0, 1
+        if is_distributed():
+            rank, n_processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
         if len(processes) != n_processes:
             raise RuntimeError(
                 f"A run must be resumed with as many processes as it had, {len(processes)}, but "
                 f"this one has {n_processes}. Set trainer.devices accordingly."
             )
-        _restore(processes[own])
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+        _restore(processes[rank])
 
 
 def _random_states() -> dict[str, Any]:
