@@ -1,0 +1,1 @@
+"""Bags, their splits and the loaders that batch them."""
