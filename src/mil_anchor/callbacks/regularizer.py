@@ -9,10 +9,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
-from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from mil_anchor.callbacks.patch import TrainingPatch
+from mil_anchor.callbacks.processes import weighted_mean
 from mil_anchor.callbacks.recorder import AttentionRecorder, RecordedAttention
 from mil_anchor.site import AttentionSite, resolve_site
 
@@ -90,12 +90,7 @@ class AttentionRegularizer(Callback, ABC):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._values:
             return
-        # A metric of ours, not self.log per step: it weighs ranks and steps by their number of
-        # distributions, and a step pays nothing for it.
-        mean = MeanMetric().to(pl_module.device)
-        mean.update(
-            torch.stack(self._values), torch.tensor(self._n_values, device=pl_module.device)
-        )
+        mean = weighted_mean(self._values, self._n_values)
         self._values, self._n_values = [], []
         others = [
             other
@@ -103,7 +98,7 @@ class AttentionRegularizer(Callback, ABC):
             if type(other) is type(self) and other is not self
         ]
         suffix = f"/{self.online.site.block}" if others else ""
-        values = self.log_values(mean.compute())
+        values = self.log_values(mean)
         pl_module.log_dict({f"{key}{suffix}": value for key, value in values.items()})
 
     @override

@@ -1,0 +1,36 @@
+# `make demo` and `make test` need nothing but Python 3.10-3.13 and make: each sets itself up.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check clean
+
+help: ## show what there is to make
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(READY) ## make .venv and install everything into it, if it is not up to date
+
+# torch first and by its exact version: everything after it then keeps that build.
+$(READY): pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## ABMIL and TransMIL with and without the plug-in on real data: a table and a figure
+	$(BIN)/python run.py -m +experiment=demo
+	$(BIN)/python -m mil_anchor report outputs/demo
+	$(BIN)/python -m mil_anchor figures outputs/demo
+
+test: $(READY) ## all tests but the slow ones
+	$(BIN)/python -m pytest -q
+
+check: $(READY) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean: ## remove the environment and all outputs
+	rm -rf .venv outputs

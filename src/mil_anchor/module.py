@@ -1,0 +1,177 @@
+"""MILModule: trains and evaluates a bag classifier with Lightning."""
+
+import inspect
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from typing_extensions import override
+
+from mil_anchor.callbacks.processes import weighted_mean
+from mil_anchor.data.bags import Batch
+from mil_anchor.metrics import bag_metrics
+
+
+class Prediction(NamedTuple):
+    """One bag's class probabilities."""
+
+    bag_id: str
+    label: int
+    probabilities: list[float]
+
+
+class MILModule(LightningModule):
+    """Bag classification: cross-entropy plus the model's own auxiliary loss, Adam, cosine to zero.
+
+    The model is called with ``features`` and with whichever of the keywords ``mask`` and ``label``
+    (in training) its ``forward`` names. It returns an object with ``logits`` and, if it has them,
+    ``auxiliary_loss`` and ``bag_loss_weight``, or plain logits: (bag, class), or (bag,) or
+    (bag, 1) for a binary model of one logit, which trains by binary cross-entropy.
+
+    Logs ``train/loss`` (without plug-ins), ``val/loss``, ``val/f1``, ``val/auroc``,
+    ``val/accuracy``, ``val/balanced_accuracy``, ``val/score`` (AUROC + F1, which chooses the
+    checkpoint), and the same metrics under ``test/``.
+
+    Args:
+        model: The bag classifier.
+        n_classes: Number of classes, 2 for a model of one logit.
+        lr: Initial learning rate.
+        weight_decay: Adam's L2 coefficient.
+
+    Raises:
+        ValueError: The learning rate or the weight decay is out of range.
+
+    Source: protocol of ASMIL (arXiv 2603.06658), App. B.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, n_classes: int, lr: float = 1e-4, weight_decay: float = 1e-5
+    ) -> None:
+        super().__init__()
+        if not 0 < lr < math.inf:
+            raise ValueError(f"lr must be a finite number above 0, but got {lr}. Try 1e-4.")
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(
+                f"weight_decay must be a finite number of at least 0, but got {weight_decay}."
+            )
+        self.model = model
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.predictions: list[Prediction] = []
+        self._metrics: dict[str, MetricCollection] = nn.ModuleDict(  # type: ignore[assignment]
+            {part: bag_metrics(n_classes, prefix=f"{part}/") for part in ("val", "test")}
+        )
+        self._losses: dict[str, list[Tensor]] = {"train": [], "val": [], "test": []}
+        self._n_bags: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+        accepted = inspect.signature(model.forward).parameters
+        self._keywords = [name for name in ("mask", "label") if name in accepted]
+
+    @override
+    def forward(self, batch: Batch, *, with_label: bool = False) -> Any:
+        """The model's output for a batch; the label only reaches the model in training."""
+        keywords = {"mask": batch["mask"], "label": batch["label"] if with_label else None}
+        return self.model(batch["features"], **{name: keywords[name] for name in self._keywords})
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        output = self(batch, with_label=True)
+        loss = _bag_loss(_logits(output), batch["label"])
+        auxiliary = getattr(output, "auxiliary_loss", None)
+        if auxiliary is not None:
+            loss = output.bag_loss_weight * loss + auxiliary
+        self._keep_loss("train", loss, batch)
+        return loss
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        self._log_loss("train")
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self.predictions = []
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        values = self._log_metrics("val")
+        self.log("val/score", values["val/auroc"] + values["val/f1"], prog_bar=True)
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self.predictions = []
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        n_steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=n_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _evaluate(self, part: str, batch: Batch) -> None:
+        logits = _logits(self(batch))
+        self._keep_loss(part, _bag_loss(logits, batch["label"]), batch)
+        probabilities = _probabilities(logits)
+        self._metrics[part].update(probabilities, batch["label"])
+        self.predictions += [
+            Prediction(*row)
+            for row in zip(
+                batch["bag_id"], batch["label"].tolist(), probabilities.tolist(), strict=True
+            )
+        ]
+
+    def _keep_loss(self, part: str, loss: Tensor, batch: Batch) -> None:
+        self._losses[part].append(loss.detach())
+        self._n_bags[part].append(len(batch["label"]))
+
+    def _log_loss(self, part: str) -> None:
+        if self._losses[part]:
+            self.log(f"{part}/loss", weighted_mean(self._losses[part], self._n_bags[part]))
+        self._losses[part], self._n_bags[part] = [], []
+
+    def _log_metrics(self, part: str) -> dict[str, Tensor]:
+        metrics = self._metrics[part]
+        values: dict[str, Tensor] = metrics.compute()
+        metrics.reset()
+        self.log_dict(values)
+        self._log_loss(part)
+        return values
+
+
+def _logits(output: Any) -> Float[Tensor, "bag *cls"]:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            "A model must return logits, or an object with .logits, but it returned a "
+            f"{type(output).__name__}. Wrap it in a module that returns its bag logits."
+        )
+    return logits.squeeze(-1) if logits.ndim == 2 and logits.shape[1] == 1 else logits
+
+
+def _bag_loss(logits: Float[Tensor, "bag *cls"], label: Tensor) -> Float[Tensor, ""]:
+    if logits.ndim == 1:
+        return F.binary_cross_entropy_with_logits(logits, label.to(logits.dtype))
+    return F.cross_entropy(logits, label)
+
+
+def _probabilities(logits: Float[Tensor, "bag *cls"]) -> Float[Tensor, "bag cls"]:
+    if logits.ndim == 1:
+        positive = torch.sigmoid(logits.float())
+        return torch.stack([1 - positive, positive], dim=1)
+    return torch.softmax(logits.float(), dim=1)

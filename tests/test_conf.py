@@ -1,0 +1,157 @@
+import inspect
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+import yaml
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from lightning.pytorch import Callback
+from omegaconf import OmegaConf
+
+from mil_anchor import AnchorCallback
+from mil_anchor.experiment import check_arguments
+from tests.composing import ROOT, composed
+
+CONF = ROOT / "conf"
+BASES = {"data/classic"}  # what other files build on; it names no data set
+
+
+def _options(group):
+    names = [file.stem for file in sorted((CONF / group).glob("*.yaml"))]
+    return [name for name in names if f"{group}/{name}" not in BASES]
+
+
+@pytest.mark.parametrize("name", _options("model"))
+def test_conf__every_model__is_built_and_run(name):
+    config = composed(f"model={name}", "hidden=16")
+    check_arguments(config)
+
+    model = hydra.utils.instantiate(config.model, in_features=7, n_classes=2)
+
+    assert model(torch.randn(1, 5, 7)).logits.shape == (1, 2)
+
+
+@pytest.mark.parametrize("name", _options("plugin"))
+def test_conf__every_plugin__is_built(name):
+    config = composed(f"plugin={name}")
+    check_arguments(config)
+
+    plugin = hydra.utils.instantiate(config.plugin)
+
+    assert name == "none" or isinstance(plugin, Callback)
+
+
+def test_conf__plugins__have_the_defaults_that_the_evidence_supports():
+    nsf, softmax = composed("plugin=anchor_nsf").plugin, composed("plugin=anchor").plugin
+
+    assert (nsf.target, nsf.weight, nsf.decay) == ("nsf", 0.01, 0.999)
+    assert (softmax.target, softmax.weight, softmax.decay) == ("softmax", 0.3, 0.999)
+    # The callback itself has the values of plugin=anchor_nsf.
+    defaults = inspect.signature(AnchorCallback).parameters
+    assert all(defaults[key].default == nsf[key] for key in nsf if key != "_target_")
+
+
+@pytest.mark.parametrize("name", _options("data"))
+def test_conf__every_data_set__is_loaded(name):
+    config = composed(f"data={name}", "data.fold=1")
+    check_arguments(config)
+
+    data = hydra.utils.instantiate(config.data)
+    data.setup("fit")
+
+    assert data.in_features > 0
+    assert data.n_classes == 2
+    assert config.names.data == name
+
+
+@pytest.mark.parametrize("name", _options("trainer"))
+def test_conf__every_trainer_and_logger__has_known_arguments_only(name):
+    for logger in _options("logger"):
+        config = composed(f"trainer={name}", f"logger={logger}")
+        check_arguments(config)
+
+
+def test_conf__cpu_trainer_and_logger__are_built(tmp_path):
+    config = composed(folder=tmp_path)
+
+    trainer = hydra.utils.instantiate(config.trainer, logger=hydra.utils.instantiate(config.logger))
+
+    assert trainer.max_epochs == 40  # the data set's protocol wins over the trainer's
+    assert Path(trainer.log_dir) == tmp_path / "logs" / "version_0"
+
+
+@pytest.mark.parametrize("name", _options("experiment"))
+def test_conf__every_experiment__composes_and_says_what_it_asks(name):
+    file = CONF / "experiment" / f"{name}.yaml"
+    question = file.read_text().splitlines()[1]
+
+    check_arguments(composed(f"+experiment={name}"))
+
+    assert question.startswith("# ")
+    assert question.endswith("?")
+
+
+def test_conf__every_file__is_reached_by_these_tests():
+    groups = {file.parent.name for file in CONF.rglob("*.yaml")} - {"conf"}
+    assert groups == {"model", "plugin", "data", "trainer", "logger", "experiment"}
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("sed=1", ConfigCompositionException, "Key 'sed' not in 'Config'|Could not override 'sed'"),
+        ("model.hiden=1", ConfigCompositionException, "Could not override 'model.hiden'"),
+        ("trainer.max_epoch=1", ConfigCompositionException, "Could not override"),
+        ("model=foo", MissingConfigException, "(?s)Could not find 'model/foo'.*abmil"),
+        ("plugin=foo", MissingConfigException, "(?s)Could not find 'plugin/foo'.*anchor_nsf"),
+        ("data=foo", MissingConfigException, "(?s)Could not find 'data/foo'.*ucsb_breast"),
+    ],
+)
+def test_conf__misspelled_override__is_refused(override, error, message):
+    with pytest.raises(error, match=message):
+        composed(override)
+
+
+@pytest.mark.parametrize(
+    ("group", "text", "message"),
+    [
+        ("model", {"_target_": "baselines.abmil.ABMIL", "hiden": 3}, r"'model' .* \['hiden'\]"),
+        ("plugin", {"_target_": "mil_anchor.AnchorCallback", "wieght": 1}, r"\['wieght'\]"),
+        ("experiment", {"trainer": {"max_epoch": 3}}, r"'trainer' .* \['max_epoch'\]"),
+        ("experiment", {"module": {"learning_rate": 3}}, r"'module' .* It takes: model, n_classes"),
+        ("experiment", {"sed": 3}, "'sed' not in 'Config'"),
+        (
+            "data",
+            {"_target_": "mil_anchor.data.datamodule.ClassicDataModule", "nfolds": 3},
+            "nfolds",
+        ),
+    ],
+)
+def test_conf__misspelled_key_in_a_file__is_refused(tmp_path, group, text, message):
+    (tmp_path / group).mkdir()
+    head = "# @package _global_\n" if group == "experiment" else ""
+    (tmp_path / group / "typo.yaml").write_text(head + yaml.safe_dump(text))
+    add = "+" if group == "experiment" else ""
+
+    with pytest.raises((ValueError, ConfigCompositionException), match=message):
+        check_arguments(composed(f"{add}{group}=typo", f"hydra.searchpath=[file://{tmp_path}]"))
+
+
+def test_conf__width_that_the_data_decides__is_refused():
+    with pytest.raises(ValueError, match=r"\['in_features'\] of the model follow from the data"):
+        check_arguments(composed("+model.in_features=5"))
+
+
+def test_conf__run_folder__names_choices_and_other_overrides():
+    composed()  # registers the resolver
+    folder = OmegaConf.create(
+        {
+            "names": {"model": "m", "plugin": "p", "data": "d"},
+            "plain": '${run_folder:${names},1,2,""}',
+            "other": '${run_folder:${names},1,2,"a=b"}',
+        }
+    )
+
+    assert folder.plain == "m/p/d/seed=1,fold=2"
+    assert folder.other == "m/p/d/seed=1,fold=2,a=b"

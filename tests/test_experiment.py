@@ -1,0 +1,182 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mil_anchor.callbacks.monitor import read_attention
+from mil_anchor.experiment import run
+from mil_anchor.results import read_runs
+from tests.composing import ROOT, composed
+
+QUIET = "trainer.enable_progress_bar=false"
+RUN_FILES = {"config.yaml", "metrics.json", "predictions.csv", "attention.csv"}
+
+
+def _run(folder, *overrides):
+    return run(composed(QUIET, "trainer.max_epochs=2", *overrides, folder=folder))
+
+
+def _without_times(metrics):
+    return {key: value for key, value in metrics.items() if not key.startswith("time/")}
+
+
+def _started(folder, *overrides):
+    command = [sys.executable, "run.py", *overrides, f"out={folder}", QUIET]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_run__complete__writes_the_whole_run_folder(tmp_path):
+    metrics = _run(tmp_path, "plugin=anchor_nsf", "data.fold=1", "seed=3")
+
+    assert {file.name for file in tmp_path.iterdir()} >= RUN_FILES
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    names = {"model": "abmil", "plugin": "anchor_nsf", "data": "ucsb_breast", "seed": 3, "fold": 1}
+    assert metrics | names == metrics
+    assert {"test/f1", "test/auroc", "test/accuracy", "val/score", "time/fit_s"} <= metrics.keys()
+    with (tmp_path / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) == {"bag_id", "label", "split", "prob_0", "prob_1"}
+    tested = [row for row in rows if row["split"] == "test"]
+    right = [row["label"] == str(int(float(row["prob_1"]) > 0.5)) for row in tested]
+    assert metrics["test/accuracy"] == pytest.approx(sum(right) / len(right))
+    validated = {row["bag_id"] for row in rows if row["split"] == "val"}
+    assert {row.bag_id for row in read_attention(tmp_path / "attention.csv")} == validated
+    assert torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("model", ["abmil", "clam_sb", "transmil", "dsmil"])
+def test_run__same_command_twice__gives_the_same_result_but_for_times(tmp_path, model):
+    results = [
+        _run(tmp_path / name, f"model={model}", "plugin=anchor_nsf", "hidden=16")
+        for name in ("a", "b")
+    ]
+
+    assert _without_times(results[0]) == _without_times(results[1])
+    assert (tmp_path / "a" / "predictions.csv").read_text() == (
+        tmp_path / "b" / "predictions.csv"
+    ).read_text()
+
+
+def test_run__weight_0__equals_no_plugin(tmp_path):
+    bare = _run(tmp_path / "bare")
+    zero = _run(tmp_path / "zero", "plugin=anchor_nsf", "plugin.weight=0.0")
+
+    assert _without_times(bare) | {"plugin": "anchor_nsf"} == _without_times(zero)
+
+
+def test_run__complete_folder__is_not_run_again_unless_asked(tmp_path):
+    first = _run(tmp_path)
+    again = _run(tmp_path)
+    anew = _run(tmp_path, "resume=false")
+
+    assert again == first
+    assert anew != first  # its times at least
+    assert _without_times(anew) == _without_times(first)
+
+
+def test_run__folder_of_another_configuration__is_refused_and_left_alone(tmp_path):
+    _run(tmp_path)
+    before = (tmp_path / "metrics.json").read_text()
+
+    with pytest.raises(ValueError, match=r"another configuration; these differ: \['module.lr'\]"):
+        _run(tmp_path, "module.lr=0.1")
+
+    assert (tmp_path / "metrics.json").read_text() == before
+
+
+def test_run__killed_between_fit_and_test__only_tests(tmp_path):
+    first = _run(tmp_path)
+    (tmp_path / "metrics.json").unlink()
+
+    again = _run(tmp_path)
+
+    assert _without_times(again) == _without_times(first)
+    # The checkpoint keeps the time that training took; loading alone takes next to none.
+    assert again["time/fit_s"] > first["time/fit_s"] / 3
+
+
+def test_run__early_stopping__ends_before_the_last_epoch(tmp_path):
+    _run(tmp_path, "early_stopping=1", "trainer.max_epochs=40")
+
+    epochs = {row.epoch for row in read_attention(tmp_path / "attention.csv")}
+    assert len(epochs) < 40
+
+
+INTERRUPTED = ("plugin=anchor_nsf", "trainer.max_epochs=12", "data=musk1")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    whole = _started(folder, *INTERRUPTED)
+    output = whole.communicate(timeout=200)[0]
+    assert whole.returncode == 0, output
+    return read_runs(folder)[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl_c", "kill_9"])
+def test_run__interrupted__is_continued_by_the_same_command(tmp_path, uninterrupted, number):
+    broken = _started(tmp_path, *INTERRUPTED)
+    folder = tmp_path / "abmil/anchor_nsf/musk1/seed=0,fold=0,trainer.max_epochs=12"
+    deadline = time.monotonic() + 100
+    while not (folder / "checkpoints" / "last.ckpt").exists():
+        assert time.monotonic() < deadline
+        assert broken.poll() is None
+        time.sleep(0.02)
+    os.kill(broken.pid, number)
+    output = broken.communicate(timeout=100)[0]
+
+    assert broken.returncode != 0
+    assert not (folder / "metrics.json").exists()
+    if number == signal.SIGINT:
+        assert "The same command continues" in output
+    again = _started(tmp_path, *INTERRUPTED)
+    output = again.communicate(timeout=200)[0]
+    assert again.returncode == 0, output
+    assert "Continuing from" in output
+    (run,) = read_runs(tmp_path)
+    assert _without_times(run.metrics) == _without_times(uninterrupted.metrics)
+    assert run.attention() == uninterrupted.attention()
+    predictions = [(r.folder / "predictions.csv").read_text() for r in (run, uninterrupted)]
+    assert predictions[0] == predictions[1]
+
+
+def test_run__sweep__gives_a_folder_for_each_job(tmp_path):
+    sweep = _started(
+        tmp_path, "-m", "model=abmil,dsmil", "plugin=none,anchor", "trainer.max_epochs=1"
+    )
+    output = sweep.communicate(timeout=200)[0]
+
+    assert sweep.returncode == 0, output
+    cells = {run.cell for run in read_runs(tmp_path)}
+    assert cells == {("ucsb_breast", m, p) for m in ("abmil", "dsmil") for p in ("none", "anchor")}
+
+
+@pytest.mark.slow
+def test_run__two_processes__train_and_test_once(tmp_path):
+    started = _started(
+        tmp_path,
+        "trainer=ddp",
+        "trainer.accelerator=cpu",
+        "trainer.devices=2",
+        "trainer.max_epochs=2",
+        "plugin=anchor_nsf",
+        "model=clam_sb",
+    )
+    output = started.communicate(timeout=300)[0]
+
+    assert started.returncode == 0, output
+    (run,) = read_runs(tmp_path)
+    with (run.folder / "predictions.csv").open() as file:
+        ids = [row["bag_id"] for row in csv.DictReader(file)]
+    assert len(ids) == len(set(ids)) == 17  # 11 validation and 6 test bags, each once
+    rows = run.attention()
+    assert len(rows) == len({(row.epoch, row.bag_id) for row in rows}) == 22
