@@ -109,9 +109,11 @@ def test_module__validation__logs_the_metrics_and_their_score(tmp_path):
     trainer.fit(module, datamodule=_data())
 
     logged = trainer.callback_metrics
-    names = {"loss", "f1", "auroc", "accuracy", "balanced_accuracy", "score"}
+    names = {"loss", "f1", "auroc", "accuracy", "balanced_accuracy", "score", "selection"}
     assert {f"val/{name}" for name in names} <= logged.keys()
     assert torch.allclose(logged["val/score"], logged["val/auroc"] + logged["val/f1"])
+    loss = logged["val/loss"]
+    assert torch.allclose(logged["val/selection"], logged["val/score"] - 1e-4 * loss / (1 + loss))
     assert logged["train/loss"] > 0
 
 

@@ -92,7 +92,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     best = ModelCheckpoint(
         folder / "checkpoints",
         filename="best",
-        monitor="val/score",
+        monitor="val/selection",
         mode="max",
         save_last=True,
         save_on_train_epoch_end=True,
@@ -205,7 +205,7 @@ def _fixed_callbacks(config: DictConfig, folder: Path) -> list[Callback]:
     callbacks: list[Callback] = [AttentionMonitor(path=folder / "attention.csv"), RandomState()]
     if config.early_stopping is not None:
         patience = config.early_stopping
-        callbacks.append(EarlyStopping("val/score", mode="max", patience=patience))
+        callbacks.append(EarlyStopping("val/selection", mode="max", patience=patience))
     if config.trainer.get("enable_progress_bar", True):
         callbacks.append(RichProgressBar())
     return callbacks

@@ -35,8 +35,9 @@ class MILModule(LightningModule):
     (bag, 1) for a binary model of one logit, which trains by binary cross-entropy.
 
     Logs ``train/loss`` (without plug-ins), ``val/loss``, ``val/f1``, ``val/auroc``,
-    ``val/accuracy``, ``val/balanced_accuracy``, ``val/score`` (AUROC + F1, which chooses the
-    checkpoint), and the same metrics under ``test/``.
+    ``val/accuracy``, ``val/balanced_accuracy``, ``val/score`` (AUROC + F1), ``val/selection`` (the
+    score, lowered by less than 1e-4 for the loss, which chooses the checkpoint), and the same
+    metrics under ``test/``.
 
     Args:
         model: The bag classifier.
@@ -90,7 +91,7 @@ class MILModule(LightningModule):
 
     @override
     def on_train_epoch_end(self) -> None:
-        self._log_loss("train")
+        self.log("train/loss", self._mean_loss("train"))
 
     @override
     def on_validation_epoch_start(self) -> None:
@@ -103,7 +104,12 @@ class MILModule(LightningModule):
     @override
     def on_validation_epoch_end(self) -> None:
         values = self._log_metrics("val")
-        self.log("val/score", values["val/auroc"] + values["val/f1"], prog_bar=True)
+        score = values["val/auroc"] + values["val/f1"]
+        # A few validation bags give many epochs the same score, often the best: then the loss
+        # decides, and not which epoch came first.
+        loss = values["val/loss"]
+        self.log("val/score", score, prog_bar=True)
+        self.log("val/selection", score - 1e-4 * loss / (1 + loss))
 
     @override
     def on_test_epoch_start(self) -> None:
@@ -140,17 +146,16 @@ class MILModule(LightningModule):
         self._losses[part].append(loss.detach())
         self._n_bags[part].append(len(batch["label"]))
 
-    def _log_loss(self, part: str) -> None:
-        if self._losses[part]:
-            self.log(f"{part}/loss", weighted_mean(self._losses[part], self._n_bags[part]))
+    def _mean_loss(self, part: str) -> Tensor:
+        mean = weighted_mean(self._losses[part], self._n_bags[part])
         self._losses[part], self._n_bags[part] = [], []
+        return mean
 
     def _log_metrics(self, part: str) -> dict[str, Tensor]:
         metrics = self._metrics[part]
-        values: dict[str, Tensor] = metrics.compute()
+        values = {**metrics.compute(), f"{part}/loss": self._mean_loss(part)}
         metrics.reset()
         self.log_dict(values)
-        self._log_loss(part)
         return values
 
 
