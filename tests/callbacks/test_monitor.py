@@ -111,6 +111,32 @@ def test_monitor__stop_and_resume__writes_the_file_of_the_uninterrupted_run(tmp_
     assert len(whole) == 4 * 12
 
 
+def test_monitor__fit_that_goes_on__keeps_the_rows_and_the_last_attention(tmp_path):
+    trainer = make_trainer(tmp_path, AttentionMonitor(BLOCK), max_epochs=2)
+    module = seeded_module()
+    trainer.fit(module, make_loader(), make_loader())
+    first = read_attention(tmp_path / "attention.csv")
+    trainer.fit_loop.max_epochs = 3
+
+    trainer.fit(module, make_loader(), make_loader())
+
+    rows = read_attention(tmp_path / "attention.csv")
+    assert rows[:24] == first
+    assert [row.epoch for row in rows[24:]] == [2] * 12
+    assert all(row.jsd is not None for row in rows[24:])
+
+
+def test_monitor__second_model__starts_anew(tmp_path):
+    monitor = AttentionMonitor(BLOCK)
+    for _ in range(2):
+        trainer = make_trainer(tmp_path, monitor, max_epochs=1)
+        trainer.fit(seeded_module(), make_loader(), make_loader())
+
+    rows = read_attention(tmp_path / "attention.csv")
+    assert len(rows) == 12
+    assert all(row.jsd is None for row in rows)
+
+
 def test_monitor__bags_without_ids_or_of_another_size__are_numbered_and_skipped(tmp_path):
     batches = make_batches(2)
     for batch in batches:

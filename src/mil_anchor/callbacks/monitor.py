@@ -48,7 +48,6 @@ class AttentionMonitor(Callback):
         self._recorder: AttentionRecorder | None = None
         self._previous: dict[str, Tensor] = {}
         self._current: dict[str, Tensor] = {}
-        self._last_epoch: int | None = None
         self._file = Path()
 
     @property
@@ -57,18 +56,17 @@ class AttentionMonitor(Callback):
         return self._generate_state_key(site=str(self.site))
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._previous, self._current, self._last_epoch = {}, {}, None
-
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         site = resolve_site(pl_module, self.site)
         self._recorder = AttentionRecorder(pl_module, site, only_with_grad=False)
         # log_dir is a collective call: every rank asks.
         folder = trainer.log_dir or trainer.default_root_dir
         self._file = Path(self.path) if self.path is not None else Path(folder) / "attention.csv"
+        if trainer.current_epoch == 0:
+            self._previous = {}
+        self._current = {}
         if trainer.is_global_zero:
-            self._start_file()
+            self._start_file(trainer.current_epoch)
 
     @override
     def on_validation_batch_start(
@@ -115,7 +113,7 @@ class AttentionMonitor(Callback):
         }
         # By id, so each bag once: a distributed sampler may repeat bags.
         rows = [*_united(gather_objects(own)).values()]
-        self._previous, self._current, self._last_epoch = self._current, {}, epoch
+        self._previous, self._current = self._current, {}
         if trainer.is_global_zero:
             with self._file.open("a", newline="") as file:
                 csv.writer(file).writerows(rows)
@@ -141,19 +139,17 @@ class AttentionMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        previous = _united(gather_objects(self._previous))
-        return {"previous": previous, "last_epoch": self._last_epoch}
+        return {"previous": _united(gather_objects(self._previous))}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._previous = state_dict["previous"]
-        self._last_epoch = state_dict["last_epoch"]
 
-    def _start_file(self) -> None:
-        """A new file, or the rows up to the epoch that a checkpoint continues from."""
+    def _start_file(self, epoch: int) -> None:
+        """A new file, or the rows of the epochs before the one that this fit begins with."""
         kept: list[AttentionRow] = []
-        if self._last_epoch is not None and self._file.exists():
-            kept = [row for row in read_attention(self._file) if row.epoch <= self._last_epoch]
+        if epoch > 0 and self._file.exists():
+            kept = [row for row in read_attention(self._file) if row.epoch < epoch]
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("w", newline="") as file:
             writer = csv.writer(file)
