@@ -95,11 +95,6 @@ class Anchor:
         for copied, buffer in zip(self.block.buffers(), self.online.buffers(), strict=True):
             copied.copy_(buffer)
 
-    def to(self, device: torch.device) -> "Anchor":
-        """Move the mirror to a device."""
-        self.block.to(device)
-        return self
-
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters and buffers of the mirror by name, as plain tensors on the CPU."""
         return {name: tensor.detach().cpu().clone() for name, tensor in _named(self.block)}

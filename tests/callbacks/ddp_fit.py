@@ -13,8 +13,18 @@ from mil_anchor import AnchorCallback, AttentionMonitor, RandomState
 from tests.callbacks.tiny import make_batches, make_loader, make_trainer, seeded_module
 
 
+class InstanceNorm(torch.nn.BatchNorm1d):
+    """Batch norm over the instances of all bags."""
+
+    def forward(self, features):
+        return super().forward(features.flatten(0, 1)).reshape(features.shape)
+
+
 def main(folder: Path, epochs: int, precision: str, dropout: float, checkpoint: str | None) -> None:
     module = seeded_module(dropout=dropout)
+    if dropout > 0:
+        # Its statistics differ between the processes.
+        module.net.attention.insert(1, InstanceNorm(6))
     callback = AnchorCallback("net.attention", weight=0.7, decay=0.8)
     monitor = AttentionMonitor("net.attention")
     keeper = ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True)

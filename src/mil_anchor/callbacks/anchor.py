@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed
 from jaxtyping import Float
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +15,7 @@ from typing_extensions import override
 
 from mil_anchor.anchor import Anchor, check_decay, has_lazy_parameters
 from mil_anchor.attention import kl_divergence, log_normalized_sigmoid, log_softmax
+from mil_anchor.callbacks.processes import is_distributed
 from mil_anchor.callbacks.recorder import RecordedAttention
 from mil_anchor.callbacks.regularizer import AttentionRegularizer
 from mil_anchor.site import AttentionSite
@@ -104,6 +106,7 @@ class AnchorCallback(AttentionRegularizer):
         super().on_train_epoch_end(trainer, pl_module)
         if self.update == "epoch" and self._anchor is not None:
             self._anchor.update()
+            _share_buffers(self._anchor)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -147,6 +150,7 @@ class AnchorCallback(AttentionRegularizer):
             # A training step that returns None still calls optimizer.step, without gradients.
             if self._anchor is not None and any(p.grad is not None for p in owned):
                 self._anchor.update(owned)
+                _share_buffers(self._anchor)
 
         return move
 
@@ -155,6 +159,13 @@ class AnchorCallback(AttentionRegularizer):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def _share_buffers(anchor: Anchor) -> None:
+    """Give all processes the same anchor: after a step parameters are equal, buffers are not."""
+    if is_distributed():
+        for buffer in anchor.block.buffers():
+            torch.distributed.broadcast(buffer, src=0)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -6,14 +6,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
 from mil_anchor.attention import js_divergence, log_softmax, normalized_entropy
+from mil_anchor.callbacks.base import AttentionCallback
 from mil_anchor.callbacks.processes import gather_objects
-from mil_anchor.callbacks.recorder import AttentionRecorder, RecordedAttention
-from mil_anchor.site import AttentionSite, resolve_site
+from mil_anchor.callbacks.recorder import RecordedAttention
+from mil_anchor.site import AttentionSite
 
 
 class AttentionRow(NamedTuple):
@@ -25,7 +26,7 @@ class AttentionRow(NamedTuple):
     entropy: float
 
 
-class AttentionMonitor(Callback):
+class AttentionMonitor(AttentionCallback):
     """Measures the attention of every validation bag in every epoch, without a forward of its own.
 
     Per bag, mean over rows: the Jensen-Shannon divergence to the previous epoch's attention (nats,
@@ -40,25 +41,20 @@ class AttentionMonitor(Callback):
     Source: ASMIL (arXiv 2603.06658), eq. 3 and 35.
     """
 
+    _only_with_grad = False
+
     def __init__(
         self, site: AttentionSite | str | None = None, *, path: str | Path | None = None
     ) -> None:
-        self.site = site
+        super().__init__(site)
         self.path = path
-        self._recorder: AttentionRecorder | None = None
         self._previous: dict[str, Tensor] = {}
         self._current: dict[str, Tensor] = {}
         self._file = Path()
 
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._generate_state_key(site=str(self.site))
-
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        site = resolve_site(pl_module, self.site)
-        self._recorder = AttentionRecorder(pl_module, site, only_with_grad=False)
+        super().on_train_start(trainer, pl_module)
         # log_dir is a collective call: every rank asks.
         folder = trainer.log_dir or trainer.default_root_dir
         self._file = Path(self.path) if self.path is not None else Path(folder) / "attention.csv"
@@ -124,20 +120,6 @@ class AttentionMonitor(Callback):
             pl_module.log("attention/entropy", fmean(row.entropy for row in rows))
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._detach()
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._detach()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._detach()
-
-    @override
     def state_dict(self) -> dict[str, Any]:
         return {"previous": _united(gather_objects(self._previous))}
 
@@ -155,11 +137,6 @@ class AttentionMonitor(Callback):
             writer = csv.writer(file)
             writer.writerow(AttentionRow._fields)
             writer.writerows(kept)
-
-    def _detach(self) -> None:
-        if self._recorder is not None:
-            self._recorder.remove()
-            self._recorder = None
 
 
 def read_attention(path: Path) -> list[AttentionRow]:

@@ -1,23 +1,24 @@
 """The mechanism of every plug-in: a penalty on the attention of each training step."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from typing_extensions import override
 
+from mil_anchor.callbacks.base import AttentionCallback
 from mil_anchor.callbacks.patch import TrainingPatch
 from mil_anchor.callbacks.processes import weighted_mean
 from mil_anchor.callbacks.recorder import AttentionRecorder, RecordedAttention
-from mil_anchor.site import AttentionSite, resolve_site
+from mil_anchor.site import AttentionSite
 
 
-class AttentionRegularizer(Callback, ABC):
+class AttentionRegularizer(AttentionCallback):
     """Adds ``weight x mean penalty`` to the training loss of an unmodified model.
 
     A subclass says what the penalty of one recorded call of the attention block is. During a
@@ -44,15 +45,16 @@ class AttentionRegularizer(Callback, ABC):
                     return {"ceiling/largest": penalty}
     """
 
+    _only_with_grad = True
+
     def __init__(self, site: AttentionSite | str | None = None, *, weight: float) -> None:
         if not 0 <= weight < float("inf"):
             raise ValueError(
                 f"weight must be a finite number of at least 0, but got {weight}. Use 0 to measure "
                 "without changing the training."
             )
-        self.site = site
+        super().__init__(site)
         self.weight = weight
-        self._recorder: AttentionRecorder | None = None
         self._patch: TrainingPatch | None = None
         self._batch: Any = None
         self._values: list[Tensor] = []
@@ -66,11 +68,6 @@ class AttentionRegularizer(Callback, ABC):
     def log_values(self, penalty: Tensor) -> dict[str, Tensor]:
         """What to log at the end of an epoch, given the epoch's mean penalty."""
 
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._generate_state_key(site=str(self.site))
-
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         sharded = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
@@ -82,8 +79,7 @@ class AttentionRegularizer(Callback, ABC):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        site = resolve_site(pl_module, self.site)
-        self._recorder = AttentionRecorder(pl_module, site, only_with_grad=True)
+        super().on_train_start(trainer, pl_module)
         self._patch = TrainingPatch.add(pl_module, self)
 
     @override
@@ -100,20 +96,6 @@ class AttentionRegularizer(Callback, ABC):
         suffix = f"/{self.online.site.block}" if others else ""
         values = self.log_values(mean)
         pl_module.log_dict({f"{key}{suffix}": value for key, value in values.items()})
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._detach()
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._detach()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._detach()
 
     @property
     def online(self) -> AttentionRecorder:
@@ -158,14 +140,13 @@ class AttentionRegularizer(Callback, ABC):
     @property
     def has_recorded(self) -> bool:
         """Whether the block has run since the last term was taken."""
-        return self.online.has_calls
+        return self._recorder is not None and self._recorder.has_calls
 
+    @override
     def _detach(self) -> None:
         if self._patch is not None:
             self._patch.remove(self)
             self._patch = None
-        if self._recorder is not None:
-            self._recorder.remove()
-            self._recorder = None
+        super()._detach()
         self._batch = None
         self._values, self._n_values = [], []
