@@ -7,14 +7,20 @@ from rich.console import Console
 from mil_anchor.__main__ import main
 from mil_anchor.callbacks.monitor import AttentionRow
 from mil_anchor.figures import jsd_figure
-from mil_anchor.results import attention_summary, by_cell, read_runs, results_table
+from mil_anchor.results import (
+    attention_summary,
+    by_cell,
+    read_runs,
+    results_markdown,
+    results_tables,
+)
 
 
 def _write_run(root, plugin, fold, f1, *, jsd=0.1):
     folder = root / plugin / f"fold={fold}"
     folder.mkdir(parents=True)
     metrics = {
-        "model": "abmil",
+        "model": "transmil",
         "plugin": plugin,
         "data": "musk1",
         "seed": 0,
@@ -31,35 +37,46 @@ def _write_run(root, plugin, fold, f1, *, jsd=0.1):
 
 @pytest.fixture
 def root(tmp_path):
-    _write_run(tmp_path, "anchor", 0, 0.8, jsd=0.01)
-    _write_run(tmp_path, "anchor", 1, 0.6, jsd=0.02)
+    _write_run(tmp_path, "anchor_nsf", 0, 0.8, jsd=0.01)
+    _write_run(tmp_path, "anchor_nsf", 1, 0.6, jsd=0.02)
     _write_run(tmp_path, "none", 0, 0.7)
     (tmp_path / "interrupted").mkdir()
     return tmp_path
 
 
 def _text(table):
-    console = Console(width=200, file=io.StringIO())
+    console = Console(width=80, file=io.StringIO())
     console.print(table)
     return console.file.getvalue()
 
 
 def test_results__table__has_mean_and_sd_over_runs_and_none_first(root):
-    text = _text(results_table(read_runs(root)))
+    (table,) = results_tables(read_runs(root))
+    text = _text(table)
     none, anchor = (
-        next(line for line in text.splitlines() if f" {p} " in line) for p in ("none", "anchor")
+        next(line for line in text.splitlines() if f" {p} " in line) for p in ("none", "anchor_nsf")
     )
 
     assert text.index(none) < text.index(anchor)
-    assert "0.700 ± 0.141" in anchor  # of .8 and .6
-    assert "0.015 ± 0.007" in anchor
-    assert "0.700" in none
+    assert ".700±.141" in anchor  # of .8 and .6
+    assert "15.00±7.07" in anchor
+    assert " .700 " in none
     assert "±" not in none
-    assert none.rstrip("│ ").endswith("-")  # no entropy
+    assert none.rstrip().endswith("-")  # no entropy
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_results__markdown__holds_the_same_numbers(root):
+    head, rule, none, anchor = results_markdown(read_runs(root)).splitlines()
+
+    assert head.startswith("| data | model | plug-in | runs | F1 |")
+    assert rule.count("---") == head.count("|") - 1
+    assert none.startswith("| musk1 | transmil | none | 1 | .700 | .500 | .250 | 100.00 |")
+    assert anchor.startswith("| musk1 | transmil | anchor_nsf | 2 | .700±.141 |")
 
 
 def test_results__cells__are_sorted_with_none_first(root):
-    assert [cell[2] for cell in by_cell(read_runs(root))] == ["none", "anchor"]
+    assert [cell[2] for cell in by_cell(read_runs(root))] == ["none", "anchor_nsf"]
 
 
 def test_results__attention_summary__is_mean_jsd_and_last_entropy():
@@ -91,16 +108,17 @@ def test_figures__jsd__draws_a_line_for_each_plugin(root, monkeypatch):
 
     (axis,) = drawn[0].axes
     lines = {line.get_label(): line for line in axis.lines}
-    assert list(lines) == ["none", "anchor"]
-    assert list(lines["anchor"].get_xdata()) == [1, 2]
-    assert list(lines["anchor"].get_ydata()) == pytest.approx([0.015, 0.0075])
+    assert list(lines) == ["none", "anchor_nsf"]
+    assert list(lines["anchor_nsf"].get_xdata()) == [1, 2]
+    assert list(lines["anchor_nsf"].get_ydata()) == pytest.approx([0.015, 0.0075])
     assert axis.get_yscale() == "log"
     assert "nats" in axis.get_ylabel()
 
 
 def test_command_line__report_and_figures__work_on_a_folder(root, capsys):
     assert main(["report", str(root)]) == 0
-    assert "abmil" in capsys.readouterr().out
+    assert "transmil" in capsys.readouterr().out
+    assert (root / "results.md").read_text() == results_markdown(read_runs(root))
     assert main(["figures", str(root)]) == 0
     assert (root / "jsd.png").read_bytes().startswith(b"\x89PNG")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mil_anchor.figures import jsd_figure
-from mil_anchor.results import read_runs, results_table
+from mil_anchor.results import read_runs, results_markdown, results_tables
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mil_anchor", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("report", "print the results table of all complete runs below ROOT"),
+        ("report", "print the results of all complete runs below ROOT, and write ROOT/results.md"),
         ("figures", "write ROOT/jsd.png: how much attention moves from epoch to epoch"),
     ):
         command = commands.add_parser(name, help=text, description=text)
@@ -24,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         runs = read_runs(chosen.root)
         if chosen.command == "report":
-            Console().print(results_table(runs))
+            Console().print(*results_tables(runs))
+            (chosen.root / "results.md").write_text(results_markdown(runs))
         else:
             jsd_figure(runs, chosen.root / "jsd.png")
             Console().print(f"Wrote {chosen.root / 'jsd.png'}", markup=False, soft_wrap=True)

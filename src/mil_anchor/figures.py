@@ -2,16 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean
 
 from mil_anchor.results import Run, by_cell
+
+# float32 attention that does not move at all still gives divergences of this order.
+_ROUNDING = 1e-7
 
 
 def jsd_figure(runs: Sequence[Run], file: Path) -> None:
     """How much the attention on validation bags moves from epoch to epoch.
 
-    One panel per data set and model, one line per plug-in: mean over bags and runs; the band is one
-    standard deviation over runs. The paper's Figure 1 (ASMIL, arXiv 2603.06658).
+    A row of panels for each data set and a column for each model; one line for each plug-in, the
+    mean over bags and runs, and a band from the steadiest to the least steady run. The paper's
+    Figure 1 (ASMIL, arXiv 2603.06658).
 
     Args:
         runs: Complete runs.
@@ -28,33 +32,39 @@ def jsd_figure(runs: Sequence[Run], file: Path) -> None:
             "Run: pip install 'mil_anchor[figures]'"
         ) from error
     cells = by_cell(runs)
-    panels = list(dict.fromkeys(cell[:2] for cell in cells))
-    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, panel in zip(axes, panels, strict=True):
-        for cell, members in cells.items():
-            if cell[:2] == panel:
-                epochs, mean, sd = _jsd_by_epoch(members)
-                (line,) = axis.plot(epochs, mean, label=cell[2])
-                low = [max(m - s, m / 10) for m, s in zip(mean, sd, strict=True)]
-                high = [m + s for m, s in zip(mean, sd, strict=True)]
-                axis.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15)
-        axis.set(title=f"{panel[1]} on {panel[0]}", xlabel="epoch", yscale="log")
-        axis.legend(title="plug-in")
-    axes[0].set_ylabel("JSD to the previous epoch (nats)")
+    rows, columns, plugins = (list(dict.fromkeys(cell[i] for cell in cells)) for i in range(3))
+    figure = Figure(figsize=(3.2 * len(columns) + 1, 2.8 * len(rows) + 0.6), layout="constrained")
+    axes = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
+    for (data, model, plugin), members in cells.items():
+        axis = axes[rows.index(data)][columns.index(model)]
+        of_epochs = _jsd_by_epoch(members)
+        epochs = list(of_epochs)
+        mean, low, high = (
+            [max(of(values), _ROUNDING) for values in of_epochs.values()]
+            for of in (fmean, min, max)
+        )
+        color = f"C{plugins.index(plugin)}"
+        axis.plot(epochs, mean, color=color, label=plugin)
+        axis.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
+        axis.set(title=f"{model} on {data}", yscale="log")
+    for axis in axes[-1]:
+        axis.set_xlabel("epoch")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("JSD to previous epoch (nats)")
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.lines}
+    figure.legend(lines.values(), lines.keys(), title="plug-in", loc="outside right upper")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
 
 
-def _jsd_by_epoch(runs: Sequence[Run]) -> tuple[list[int], list[float], list[float]]:
-    """Epochs, and over runs the mean and standard deviation of a run's mean over bags."""
-    of_runs: dict[int, list[float]] = {}
+def _jsd_by_epoch(runs: Sequence[Run]) -> dict[int, list[float]]:
+    """For every epoch the mean over bags of each run."""
+    of_epochs: dict[int, list[float]] = {}
     for run in runs:
         of_bags: dict[int, list[float]] = {}
         for row in run.attention():
             if row.jsd is not None:
                 of_bags.setdefault(row.epoch, []).append(row.jsd)
         for epoch, values in of_bags.items():
-            of_runs.setdefault(epoch, []).append(fmean(values))
-    epochs = sorted(of_runs)
-    return epochs, [fmean(of_runs[e]) for e in epochs], [pstdev(of_runs[e]) for e in epochs]
+            of_epochs.setdefault(epoch, []).append(fmean(values))
+    return dict(sorted(of_epochs.items()))

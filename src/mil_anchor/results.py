@@ -12,13 +12,21 @@ from mil_anchor.callbacks.monitor import AttentionRow, read_attention
 
 METRICS_FILE = "metrics.json"
 
-_COLUMNS = {
-    "test/f1": "F1",
-    "test/auroc": "AUROC",
-    "test/accuracy": "accuracy",
-    "attention/jsd": "JSD",
-    "attention/entropy": "entropy / ln N",
-}
+
+class _Column(NamedTuple):
+    key: str
+    title: str
+    factor: float
+    digits: int
+
+
+_COLUMNS = (
+    _Column("test/f1", "F1", 1, 3),
+    _Column("test/auroc", "AUROC", 1, 3),
+    _Column("test/accuracy", "accuracy", 1, 3),
+    _Column("attention/jsd", "JSD·1000", 1000, 2),
+    _Column("attention/entropy", "entropy", 1, 3),
+)
 
 
 class Run(NamedTuple):
@@ -79,22 +87,44 @@ def by_cell(runs: Iterable[Run]) -> dict[tuple[str, str, str], list[Run]]:
     return cells
 
 
-def results_table(runs: Iterable[Run]) -> Table:
-    """Mean +- standard deviation over the runs (seeds, folds) of each cell."""
-    table = Table(title="Test bags of the checkpoint chosen on validation, mean ± sd over runs")
-    for name in ("data", "model", "plug-in", "runs", *_COLUMNS.values()):
-        table.add_column(name, justify="right" if name in (*_COLUMNS.values(), "runs") else "left")
+def results_tables(runs: Iterable[Run]) -> list[Table]:
+    """A table for each data set: mean±sd over the runs (seeds, folds) of each model and plug-in.
+
+    Test metrics of the checkpoint chosen on validation; the attention of validation bags: JSD
+    between epochs (nats x 1000, mean over epochs) and entropy / ln N (last epoch).
+    """
+    tables: dict[str, Table] = {}
+    for (data, model, plugin), members in by_cell(runs).items():
+        if data not in tables:
+            tables[data] = _empty_table(data)
+        values = [_mean_and_sd(members, column) for column in _COLUMNS]
+        tables[data].add_row(model, plugin, str(len(members)), *values)
+    return list(tables.values())
+
+
+def results_markdown(runs: Iterable[Run]) -> str:
+    """What `results_tables` shows, as one Markdown table."""
+    titles = ["data", "model", "plug-in", "runs", *(column.title for column in _COLUMNS)]
+    lines = [titles, ["---"] * 3 + ["---:"] * (len(titles) - 3)]
     for cell, members in by_cell(runs).items():
-        values = [
-            _mean_and_sd([run.metrics[key] for run in members if key in run.metrics])
-            for key in _COLUMNS
-        ]
-        table.add_row(*cell, str(len(members)), *values)
+        values = [_mean_and_sd(members, column) for column in _COLUMNS]
+        lines.append([*cell, str(len(members)), *values])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _empty_table(data: str) -> Table:
+    table = Table(title=f"{data}: mean±sd over n runs", box=None, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    table.add_column("plug-in", no_wrap=True)
+    for title in ("n", *(column.title for column in _COLUMNS)):
+        table.add_column(title, justify="right", no_wrap=True)
     return table
 
 
-def _mean_and_sd(values: Sequence[float]) -> str:
+def _mean_and_sd(runs: Sequence[Run], column: _Column) -> str:
+    values = [run.metrics[column.key] * column.factor for run in runs if column.key in run.metrics]
     if not values:
         return "-"
-    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{fmean(values):.3f}{spread}"
+    mean, spread = fmean(values), [stdev(values)] if len(values) > 1 else []
+    # Without the leading zero, as the papers' tables: so the table fits 80 columns.
+    return "±".join(f"{number:.{column.digits}f}".removeprefix("0") for number in (mean, *spread))
