@@ -71,6 +71,11 @@ def test_anchor__after_k_updates__equals_the_closed_form(wrap):
         assert torch.allclose(mirrored, expected, rtol=1e-12)
     for copied, buffer in zip(anchor.block.buffers(), block.buffers(), strict=True):
         assert torch.equal(copied, buffer)
+    # What the mirror computes follows from what it holds: no weight is left over from its making.
+    twin = Scorer(wrap).double()
+    twin.load_state_dict(anchor.block.state_dict())
+    features = torch.randn(3, 6, dtype=torch.float64)
+    assert torch.allclose(anchor(features), twin.eval()(features), rtol=1e-10)
 
 
 def test_anchor__integer_buffer__is_copied():
