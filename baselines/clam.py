@@ -147,7 +147,8 @@ class CLAMSB(_CLAM):
     - a bag of n instances takes ``min(k, n // 2)`` from each end, so that no instance is both
       positive and negative; upstream fails below k instances and lets the ends overlap below 2k.
       The instance of a bag of one is taken as positive: it is all the evidence that there is;
-    - dropout defaults to the paper's 0.25; recent releases of the code default to none;
+    - dropout defaults to the paper's 0.25; recent releases of the code default to none, and inside
+      the scorer know only 0 and 0.25;
     - linear layers keep PyTorch's initialisation, as in recent releases of the code;
     - batches and masks; upstream takes one bag. The instance loss is averaged over bags.
     """

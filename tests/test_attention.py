@@ -115,6 +115,13 @@ def test_kl__gradient__is_softmax_minus_target_and_zero_to_the_anchor(seed, n_in
     assert anchor.grad is None
 
 
+def test_kl__target_that_underflows_to_zero__adds_nothing_there():
+    target = log_softmax(torch.tensor([[0.0, -200.0]]))
+    online = log_softmax(torch.tensor([[0.0, -torch.inf]]))
+
+    assert kl_divergence(target, online).tolist() == [0.0]
+
+
 def test_kl__masked_bag__has_zero_gradient_on_padding():
     scores = torch.randn(1, 1, 5, requires_grad=True)
     mask = torch.tensor([[True, True, True, False, False]])
@@ -256,7 +263,7 @@ def test_attention__bad_score__names_the_bag(normalise, bad):
 def test_attention__bag_of_padding__names_the_bag(normalise):
     mask = torch.tensor([[True, True], [False, False]])
 
-    with pytest.raises(ValueError, match=r"bags \[1\] of the batch are all padding"):
+    with pytest.raises(ValueError, match=r"bags \[1\] of these scores are all padding"):
         normalise(torch.zeros(2, 1, 2), mask)
 
 

@@ -120,6 +120,9 @@ def test_conf__misspelled_override__is_refused(override, error, message):
         ("plugin", {"_target_": "mil_anchor.AnchorCallback", "wieght": 1}, r"\['wieght'\]"),
         ("experiment", {"trainer": {"max_epoch": 3}}, r"'trainer' .* \['max_epoch'\]"),
         ("experiment", {"module": {"learning_rate": 3}}, r"'module' .* It takes: model, n_classes"),
+        ("plugin", {"_tagret_": "mil_anchor.AnchorCallback"}, "misspelled _target_"),
+        ("experiment", {"names": {"mdoel": "x"}}, "'names' must have the keys"),
+        ("experiment", {"early_stopping": -3}, "at least 1 epoch, or null .* got -3"),
         ("experiment", {"sed": 3}, "'sed' not in 'Config'"),
         (
             "data",

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import yaml
 
 from mil_anchor.callbacks.monitor import read_attention
 from mil_anchor.experiment import run
@@ -101,6 +102,25 @@ def test_run__killed_between_fit_and_test__only_tests(tmp_path):
     assert _without_times(again) == _without_times(first)
     # The checkpoint keeps the time that training took; loading alone takes next to none.
     assert again["time/fit_s"] > first["time/fit_s"] / 3
+
+
+def test_run__without_a_whole_epoch__says_what_it_needs(tmp_path):
+    with pytest.raises(ValueError, match=r"none was written with trainer\.max_epochs=0"):
+        run(composed(QUIET, "trainer.max_epochs=0", folder=tmp_path))
+
+
+def test_run__third_party_model__runs_without_and_with_a_site(tmp_path, caplog):
+    model = {"_target_": "tests.third_party.MeanModel"}
+    (tmp_path / "conf/model").mkdir(parents=True)
+    (tmp_path / "conf/model/mean.yaml").write_text(yaml.safe_dump(model))
+    arguments = ("model=mean", f"hydra.searchpath=[file://{tmp_path / 'conf'}]")
+
+    bare = _run(tmp_path / "bare", *arguments)
+    anchored = _run(tmp_path / "site", *arguments, "plugin=anchor", "site=model.scorer")
+
+    assert "No attention.csv" in caplog.text
+    assert "attention/jsd" not in bare
+    assert anchored["attention/jsd"] >= 0
 
 
 def test_run__early_stopping__ends_before_the_last_epoch(tmp_path):

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,20 @@ def test_module__baseline_with_auxiliary_loss__weighs_both_terms():
     expected = 0.7 * -log_probability.mean() + output.auxiliary_loss
     assert output.auxiliary_loss > 0
     assert torch.allclose(loss, expected)
+
+
+def test_module__auxiliary_loss_without_a_bag_weight__is_added():
+    class Auxiliary(PlainLogits):
+        def forward(self, features):
+            return SimpleNamespace(
+                logits=super().forward(features), auxiliary_loss=torch.tensor(3.0)
+            )
+
+    batch = next(iter(_data().train_dataloader()))
+    module = MILModule(Auxiliary(2), n_classes=2)
+    plain = -module(batch).logits.log_softmax(-1)[0, batch["label"]].squeeze()
+
+    assert torch.allclose(module.training_step(batch, 0), plain + 3)
 
 
 @pytest.mark.parametrize("n_logits", [0, 1, 2])

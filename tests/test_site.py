@@ -134,6 +134,19 @@ def test_site__layout_that_does_not_fit__shows_the_shape():
         AttentionSite("a", layout="b n r").read(torch.randn(2, 7))
 
 
+def test_site__fused_bags_of_unknown_number__says_what_is_missing():
+    with pytest.raises(ValueError, match="needs the number of bags"):
+        AttentionSite("a", layout="(b n) r").read(torch.randn(14, 2))
+
+
+def test_site__with_layout__is_told_by_an_unambiguous_call_only():
+    site = AttentionSite("a")
+
+    assert site.with_layout(torch.randn(2, 7, 3), torch.randn(2, 7, 5)).layout == "b n r"
+    assert site.with_layout(torch.randn(2, 3, 3), torch.randn(2, 3, 5)) is site
+    assert site.with_layout((1, 2), torch.randn(2, 3, 5)) is site
+
+
 def test_site__output_that_is_no_tensor__describes_it():
     with pytest.raises(
         ValueError, match=r"returned a tuple of .a float32 tensor of shape .3,., a str"

@@ -91,7 +91,7 @@ def kl_divergence(
     Source: ASMIL (arXiv 2603.06658), eq. 7-8; summed, not averaged, over instances.
     """
     with _full_precision(log_online):
-        supported = log_target > -torch.inf
+        supported = log_target.exp() > 0
         # Replaced before the difference: (-inf) - (-inf) is NaN, in the backward pass too.
         target = log_target.masked_fill(~supported, 0)
         online = log_online.masked_fill(~supported, 0)
@@ -192,12 +192,12 @@ def _check(scores: Tensor) -> None:
     broken = [bag for bag, row in enumerate(rows) if bool((row.isnan() | (row == torch.inf)).any())]
     if broken:
         raise ValueError(
-            f"Raw scores must be finite, but bags {broken} of the batch have a NaN or +inf score. "
+            f"Raw scores must be finite, but bags {broken} of these scores have a NaN or +inf. "
             "Look for NaN features or a learning rate that made the model diverge."
         )
     empty = [bag for bag, row in enumerate(rows) if bool((row == -torch.inf).all(dim=-1).any())]
     raise ValueError(
-        f"Every bag needs a real instance, but bags {empty} of the batch are all padding. "
+        f"Every bag needs a real instance, but bags {empty} of these scores are all padding. "
         "Drop slides without tiles before batching."
     )
 

@@ -25,6 +25,7 @@ from mil_anchor.callbacks.random_state import RandomState
 from mil_anchor.data.datamodule import BagDataModule
 from mil_anchor.module import MILModule, Prediction
 from mil_anchor.results import METRICS_FILE, attention_summary, read_metrics
+from mil_anchor.site import resolve_site
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Config:
     names: dict[str, str] = MISSING
     seed: int = MISSING
     hidden: int = MISSING
+    site: Any = None
     out: str = MISSING
     resume: bool = MISSING
     early_stopping: int | None = None
@@ -88,6 +90,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     module: MILModule = hydra.utils.instantiate(
         config.module, model=model, n_classes=data.n_classes
     )
+    callbacks = [*plugins, *_monitor(config, module, folder), *_fixed_callbacks(config)]
     timer = Timer()
     best = ModelCheckpoint(
         folder / "checkpoints",
@@ -100,12 +103,18 @@ def run(config: DictConfig) -> dict[str, Any]:
     )
     trainer: Trainer = hydra.utils.instantiate(
         config.trainer,
-        callbacks=[*plugins, *_fixed_callbacks(config, folder), timer, best],
+        callbacks=[*callbacks, timer, best],
         logger=hydra.utils.instantiate(config.logger),
         default_root_dir=str(folder),
         enable_model_summary=False,
     )
     _fit(trainer, module, data, folder / "checkpoints" / "last.ckpt")
+    if not best.best_model_path:
+        raise ValueError(
+            "A run must train at least one epoch and validate it, so that a checkpoint can be "
+            f"tested, but none was written with trainer.max_epochs={config.trainer.max_epochs}. "
+            "Train longer, without fast_dev_run or limits on validation."
+        )
     evaluated = _evaluate(trainer, module, data, best.best_model_path, folder)
 
     fit_s = timer.time_elapsed("train")
@@ -129,7 +138,21 @@ def check_arguments(config: DictConfig) -> None:
     Raises:
         ValueError: A key is no argument, or it is one that the data decides.
     """
-    for path, node in _targets(config):
+    if set(config.names) != {"model", "plugin", "data"}:
+        raise ValueError(
+            f"'names' must have the keys model, plugin and data, but has {sorted(config.names)}."
+        )
+    if config.early_stopping is not None and config.early_stopping < 1:
+        raise ValueError(
+            "early_stopping must be at least 1 epoch, or null for none, but got "
+            f"{config.early_stopping}."
+        )
+    for path, node in _groups(config):
+        if "_target_" not in node:
+            raise ValueError(
+                f"'{path}' must say what to build in _target_, but it has only the keys "
+                f"{list(node)}. Look for a misspelled _target_."
+            )
         target = hydra.utils.get_object(node._target_)
         parameters = inspect.signature(target).parameters
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -150,11 +173,12 @@ def check_arguments(config: DictConfig) -> None:
         )
 
 
-def _targets(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
-    for name in config:
+def _groups(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
+    """The parts that are built; ``plugin=none`` is empty and is not."""
+    for name in ("model", "plugin", "data", "module", "trainer", "logger"):
         node = config._get_node(name)
-        if isinstance(node, DictConfig) and "_target_" in node:
-            yield str(name), node
+        if isinstance(node, DictConfig) and (node or name != "plugin"):
+            yield name, node
 
 
 def _run_folder(names: DictConfig, seed: int, fold: int, overrides: str) -> str:
@@ -198,11 +222,25 @@ def _flat(node: Any, path: str = "") -> dict[str, str]:
 
 
 def _plugins(config: DictConfig) -> list[Callback]:
-    return [hydra.utils.instantiate(config.plugin)] if "_target_" in config.plugin else []
+    return [hydra.utils.instantiate(config.plugin)] if config.plugin else []
 
 
-def _fixed_callbacks(config: DictConfig, folder: Path) -> list[Callback]:
-    callbacks: list[Callback] = [AttentionMonitor(path=folder / "attention.csv"), RandomState()]
+def _monitor(config: DictConfig, module: MILModule, folder: Path) -> list[Callback]:
+    site = config.site
+    if isinstance(site, DictConfig):
+        site = hydra.utils.instantiate(site)
+    try:
+        resolve_site(module, site)
+    except ValueError as error:
+        if site is not None:
+            raise
+        log.warning("No attention.csv, since the attention is not known (set site=...): %s", error)
+        return []
+    return [AttentionMonitor(site, path=folder / "attention.csv")]
+
+
+def _fixed_callbacks(config: DictConfig) -> list[Callback]:
+    callbacks: list[Callback] = [RandomState()]
     if config.early_stopping is not None:
         patience = config.early_stopping
         callbacks.append(EarlyStopping("val/selection", mode="max", patience=patience))
@@ -236,7 +274,8 @@ def _evaluate(
         rows += [(part, prediction) for prediction in module.predictions]
     if trainer.is_global_zero:
         _write_predictions(folder / "predictions.csv", rows)
-    return metrics | attention_summary(read_attention(folder / "attention.csv"))
+    attention = folder / "attention.csv"
+    return metrics | attention_summary(read_attention(attention) if attention.exists() else [])
 
 
 def _write_predictions(file: Path, rows: list[tuple[str, Prediction]]) -> None:

@@ -85,7 +85,7 @@ class MILModule(LightningModule):
         loss = _bag_loss(_logits(output), batch["label"])
         auxiliary = getattr(output, "auxiliary_loss", None)
         if auxiliary is not None:
-            loss = output.bag_loss_weight * loss + auxiliary
+            loss = getattr(output, "bag_loss_weight", 1.0) * loss + auxiliary
         self._keep_loss("train", loss, batch)
         return loss
 

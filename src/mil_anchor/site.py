@@ -94,7 +94,12 @@ class AttentionSite:
             )
         layout = self.layout or _tell_layout(self.block, output, features)
         axes = " ".join(axis if axis in layout else "1" for axis in "brn")
-        sizes = {"b": n_bags} if "(" in layout and n_bags is not None else {}
+        if "(" in layout and n_bags is None:
+            raise ValueError(
+                f"The layout '{layout}' of block '{self.block}' needs the number of bags, but the "
+                "batch does not tell it. Give the batch a mask, a label or a bag_id entry."
+            )
+        sizes = {"b": n_bags} if "(" in layout else {}
         try:
             return rearrange(output, f"{layout} -> {axes}", **sizes)
         except RuntimeError as error:  # einops' own error type derives from it
@@ -102,6 +107,14 @@ class AttentionSite:
                 f"The scores of block '{self.block}' must have the layout '{layout}', but its tap "
                 f"returned {_describe(output)}. Give the layout that fits, such as 'b n r'."
             ) from error
+
+    def with_layout(self, output: Any, features: Tensor | None) -> "AttentionSite":
+        """The same site with the layout, if this call tells it: a later call may not."""
+        scores = output if self.output is None else output[self.output]
+        if self.layout is not None or not isinstance(scores, Tensor):
+            return self
+        fitting = _fitting_layouts(scores, features)
+        return replace(self, layout=fitting[0]) if len(fitting) == 1 else self
 
     @contextmanager
     def tapped(self, block: nn.Module) -> Iterator[list[Any]]:
@@ -223,6 +236,20 @@ def _candidates(model: nn.Module) -> str:
     return ", ".join((likely or paths)[:20]) or "none with parameters"
 
 
+def _fitting_layouts(scores: Tensor, features: Tensor | None) -> list[str]:
+    """The layouts by which these scores can belong to these features."""
+    if features is None or features.ndim not in (2, 3):
+        return []
+    batched = features.ndim == 3
+    return [
+        layout
+        for layout in (("b n r", "b r n", "b n") if batched else ("n r", "r n", "n"))
+        if len(layout.split()) == scores.ndim
+        and scores.shape[layout.split().index("n")] == features.shape[-2]
+        and (not batched or scores.shape[0] == features.shape[0])
+    ]
+
+
 def _tell_layout(block: str, scores: Tensor, features: Tensor | None) -> str:
     if features is None or features.ndim not in (2, 3):
         raise ValueError(
@@ -230,16 +257,7 @@ def _tell_layout(block: str, scores: Tensor, features: Tensor | None) -> str:
             f"(bag, instance, width) or (instance, width), but that is {_describe(features)}. "
             f"Write AttentionSite('{block}', layout='b n r') with the axes that hold."
         )
-    n_instances = features.shape[-2]
-    batched = features.ndim == 3
-    choices = ("b n r", "b r n", "b n") if batched else ("n r", "r n", "n")
-    fitting = [
-        layout
-        for layout in choices
-        if len(layout.split()) == scores.ndim
-        and scores.shape[layout.split().index("n")] == n_instances
-        and (not batched or scores.shape[0] == features.shape[0])
-    ]
+    fitting = _fitting_layouts(scores, features)
     # With one row, both readings of a one-instance bag are the same.
     one_row = scores.numel() == features.shape[:-1].numel()
     if len(fitting) == 1 or (fitting and one_row):

@@ -160,6 +160,16 @@ def test_anchor_callback__raw_backward_in_manual_optimization__is_refused_with_a
         make_trainer(tmp_path, AnchorCallback(BLOCK)).fit(Manual("raw"), make_loader())
 
 
+def test_anchor_callback__manual_block_that_never_runs__says_what_to_check(tmp_path):
+    class Unused(Manual):
+        def __init__(self) -> None:
+            super().__init__("raw")
+            self.unused = nn.Linear(4, 1)
+
+    with pytest.raises(MisconfigurationException, match="'unused' run with gradients in every"):
+        make_trainer(tmp_path, AnchorCallback("unused")).fit(Unused(), make_loader())
+
+
 class TwoOptimizers(Manual):
     """Two optimizers share the attention block; each steps once a batch."""
 
@@ -192,7 +202,9 @@ def test_anchor_callback__two_optimizers__moves_each_parameter_once_per_own_step
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_anchor_callback__stop_and_resume__equals_the_uninterrupted_run_bit_for_bit(tmp_path):
+def test_anchor_callback__stop_and_resume__equals_the_uninterrupted_run_bit_for_bit(
+    tmp_path, caplog
+):
     def fit(folder, epochs, ckpt_path=None):
         module = seeded_module()
         callback = AnchorCallback(BLOCK, weight=0.5, decay=0.9)
@@ -207,7 +219,10 @@ def test_anchor_callback__stop_and_resume__equals_the_uninterrupted_run_bit_for_
     whole = fit(tmp_path / "whole", 4)
     fit(tmp_path / "halves", 2)
     torch.rand(100)
-    resumed = fit(tmp_path / "halves", 4, tmp_path / "halves" / "last.ckpt")
+    with caplog.at_level("INFO"):
+        resumed = fit(tmp_path / "halves", 4, tmp_path / "halves" / "last.ckpt")
+
+    assert "holds no anchor" not in caplog.text
 
     assert_equal_states(whole[0], resumed[0])
     assert_equal_states(whole[1], resumed[1])
@@ -430,6 +445,38 @@ def test_anchor_callback__block_that_no_optimizer_owns__is_refused(tmp_path):
 
     with pytest.raises(MisconfigurationException, match="or the anchor never moves"):
         make_trainer(tmp_path, AnchorCallback(BLOCK)).fit(seeded_module(HeadOnly), make_loader())
+
+
+@pytest.mark.parametrize("masked", [-torch.inf, -1e9, torch.finfo(torch.float32).min])
+def test_anchor_callback__scores_that_the_block_masks_in_training__count_for_neither(
+    tmp_path, masked
+):
+    class Masking(nn.Linear):
+        def forward(self, features):
+            scores = super().forward(features)
+            return scores.index_fill(1, torch.tensor([0]), masked) if self.training else scores
+
+    class Plain(nn.Linear):
+        def forward(self, features):
+            return super().forward(features)[:, 1:]
+
+    losses = []
+    for block in (Masking, Plain):
+        module = seeded_module(dropout=0.0)
+        torch.manual_seed(3)
+        module.net.attention = block(8, 2)
+
+        def loss(batch, module=module):
+            scores = module.net.attention(module.net.encoder(batch["features"]))
+            return (torch.softmax(scores, dim=1) ** 2).sum()
+
+        module.loss = loss
+        callback = AnchorCallback(AttentionSite(BLOCK, layout="b n r"), weight=0.5)
+        trainer = make_trainer(tmp_path, callback, max_epochs=1)
+        trainer.fit(module, make_loader())
+        losses.append(trainer.callback_metrics["anchor/kl"].item())
+
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_anchor_callback__lazy_block__starts_at_the_first_forward(tmp_path):

@@ -174,6 +174,21 @@ def test_monitor__padded_batch__measures_real_instances_only(tmp_path):
     assert entropies[0] == pytest.approx(entropies[1], abs=1e-6)
 
 
+def test_monitor__input_changed_in_place_after_the_block__does_not_matter(tmp_path):
+    class Changing(TinyModule):
+        def loss(self, batch):
+            if self.training:
+                return super().loss(batch)
+            hidden = self.net.encoder(batch["features"])
+            self.net.attention(hidden)
+            return hidden.mul_(2).sum()
+
+    trainer = make_trainer(tmp_path, AttentionMonitor(BLOCK), max_epochs=1)
+    trainer.fit(seeded_module(Changing), make_loader(), make_loader())
+
+    assert len(read_attention(tmp_path / "attention.csv")) == 12
+
+
 def test_monitor__block_that_is_called_twice__is_refused(tmp_path):
     class Twice(TinyModule):
         def loss(self, batch):

@@ -190,6 +190,88 @@ def test_regularizer__padding_in_the_batch__changes_nothing(tmp_path):
         assert torch.allclose(tensor, trained[1][name], atol=1e-12), name
 
 
+def test_regularizer__mask_with_a_trailing_axis__is_read_and_any_other_is_refused(tmp_path):
+    divergences = []
+    for reshape in (lambda mask: mask, lambda mask: mask[..., None], lambda mask: mask.float()):
+        batches = _padded_batches(4)
+        plugin = AnchorCallback(BLOCK, weight=0.0)
+
+        class Module(Padded):
+            def loss(self, batch):
+                return super().loss({**batch, "mask": batch["mask"].reshape(2, -1) > 0})
+
+        loader = make_loader([{**batch, "mask": reshape(batch["mask"])} for batch in batches])
+        trainer = make_trainer(tmp_path, plugin, max_epochs=1)
+        trainer.fit(seeded_module(Module, dropout=0.0), loader)
+        divergences.append(trainer.callback_metrics["anchor/kl"].item())
+    assert divergences[0] == divergences[1] == divergences[2]
+
+    flat = make_loader([{**batch, "mask": batch["mask"].flatten()} for batch in batches])
+    with pytest.raises(ValueError, match=r"mask must have the shape \(bag, instance\)"):
+        make_trainer(tmp_path, AnchorCallback(BLOCK)).fit(seeded_module(Module), flat)
+
+
+class Flattening(TinyModule):
+    """Calls its block on the instances of all bags as one list."""
+
+    def loss(self, batch):
+        hidden = self.net.encoder(batch["features"])
+        scores = self.net.attention(hidden.flatten(0, 1)).reshape(*hidden.shape[:2], 2)
+        pooled = torch.softmax(scores, dim=1).transpose(1, 2) @ hidden
+        return nn.functional.cross_entropy(self.net.head(pooled.mean(1)), batch["label"])
+
+
+class NotFlattening(Flattening):
+    def loss(self, batch):
+        hidden = self.net.encoder(batch["features"])
+        pooled = torch.softmax(self.net.attention(hidden), dim=1).transpose(1, 2) @ hidden
+        return nn.functional.cross_entropy(self.net.head(pooled.mean(1)), batch["label"])
+
+
+def test_regularizer__flattened_bags__need_a_layout_and_then_give_the_same(tmp_path):
+    with pytest.raises(ValueError, match="gives 1 bags for a batch of 2"):
+        make_trainer(tmp_path, AnchorCallback(BLOCK)).fit(seeded_module(Flattening), make_loader())
+
+    divergences = []
+    for cls, layout in ((Flattening, "(b n) r"), (NotFlattening, "b n r")):
+        plugin = AnchorCallback(AttentionSite(BLOCK, layout=layout), weight=0.0)
+        trainer = make_trainer(tmp_path, plugin, max_epochs=1)
+        trainer.fit(seeded_module(cls, dropout=0.0), make_loader())
+        divergences.append(trainer.callback_metrics["anchor/kl"].item())
+    assert divergences[0] == pytest.approx(divergences[1], rel=1e-5)
+
+
+def test_regularizer__block_called_twice__averages_over_both_calls(tmp_path):
+    class Twice(NotFlattening):
+        def loss(self, batch):
+            return (super().loss(batch) + super().loss(batch)) / 2
+
+    divergences = []
+    for cls in (NotFlattening, Twice):
+        trainer = make_trainer(tmp_path, AnchorCallback(BLOCK, weight=0.5), max_epochs=1)
+        trainer.fit(seeded_module(cls, dropout=0.0), make_loader())
+        divergences.append(trainer.callback_metrics["anchor/kl"].item())
+
+    assert divergences[0] == pytest.approx(divergences[1], rel=1e-4)
+
+
+def test_regularizer__bag_as_large_as_the_number_of_rows__is_read_like_the_others(tmp_path):
+    batches = [*make_batches(2), *make_batches(2, n_instances=2)]
+    trainer = make_trainer(tmp_path, AnchorCallback(BLOCK, weight=0.1), max_epochs=1)
+
+    trainer.fit(seeded_module(), make_loader(batches))
+
+    assert trainer.callback_metrics["anchor/kl"] >= 0
+
+
+def test_regularizer__bad_score__is_reported_with_the_bags_of_the_batch(tmp_path):
+    batches = make_batches(1)
+    batches[0]["features"][1, 0, 0] = torch.nan
+
+    with pytest.raises(ValueError, match=r"of bags \['bag0_0', 'bag0_1'\]: Raw scores"):
+        make_trainer(tmp_path, AnchorCallback(BLOCK)).fit(seeded_module(), make_loader(batches))
+
+
 def test_regularizer__model_that_takes_bags_one_by_one__is_measured_without_padding(tmp_path):
     class OneByOne(Padded):
         def loss(self, batch):

@@ -78,14 +78,14 @@ class AnchorCallback(AttentionRegularizer):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        # Only now are the weights final: loaded, and broadcast from rank 0.
-        if not has_lazy_parameters(self.online.block):
-            self._start_anchor()
         if trainer.ckpt_path is not None and self._saved is None:
             rank_zero_info(
                 f"The checkpoint {trainer.ckpt_path} holds no anchor for {self.state_key}: the "
                 "anchor starts from the loaded weights."
             )
+        # Only now are the weights final: loaded, and broadcast from rank 0.
+        if not has_lazy_parameters(self.online.block):
+            self._start_anchor()
         if self.update == "step":
             self._follow(trainer.optimizers)
 
@@ -93,7 +93,10 @@ class AnchorCallback(AttentionRegularizer):
     def penalty(self, attention: RecordedAttention) -> Float[Tensor, "bag row"]:
         if self._anchor is None:
             self._start_anchor()
-        log_target = TARGETS[self.target](self._anchor_scores(attention), attention.mask)
+        # The anchor runs in evaluation mode: what the model masks only in training, it does not.
+        masked = attention.scores == -torch.inf
+        anchor_scores = self._anchor_scores(attention).masked_fill(masked, -torch.inf)
+        log_target = TARGETS[self.target](anchor_scores, attention.mask)
         log_online = log_softmax(attention.scores, attention.mask)
         return kl_divergence(log_target, log_online)
 

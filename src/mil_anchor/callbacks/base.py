@@ -29,6 +29,15 @@ class AttentionCallback(Callback, ABC):
     def state_key(self) -> str:
         return self._generate_state_key(site=str(self.site))
 
+    @property
+    def online(self) -> AttentionRecorder:
+        """The recorder on the model's own attention block; there is one while a fit runs."""
+        if self._recorder is None:
+            raise RuntimeError(
+                f"{type(self).__name__} is attached to a model only while trainer.fit runs."
+            )
+        return self._recorder
+
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         site = resolve_site(pl_module, self.site)

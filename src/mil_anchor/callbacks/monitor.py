@@ -1,7 +1,6 @@
 """AttentionMonitor: how much a model's attention on the validation bags moves between epochs."""
 
 import csv
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from typing_extensions import override
 from mil_anchor.attention import js_divergence, log_softmax, normalized_entropy
 from mil_anchor.callbacks.base import AttentionCallback
 from mil_anchor.callbacks.processes import gather_objects
-from mil_anchor.callbacks.recorder import RecordedAttention
+from mil_anchor.callbacks.recorder import RecordedAttention, batch_entry
 from mil_anchor.site import AttentionSite
 
 
@@ -29,9 +28,9 @@ class AttentionRow(NamedTuple):
 class AttentionMonitor(AttentionCallback):
     """Measures the attention of every validation bag in every epoch, without a forward of its own.
 
-    Per bag, mean over rows: the Jensen-Shannon divergence to the previous epoch's attention (nats,
-    empty in the first epoch) and the entropy / ln N. Written to a CSV file with columns ``epoch,
-    bag_id, jsd, entropy``; epoch means are logged as ``attention/jsd`` and ``attention/entropy``.
+    Per bag, mean over rows: the Jensen-Shannon divergence to its attention in the validation before
+    (nats, empty in the first one) and the entropy / ln N. Written to a CSV file with the columns
+    ``epoch, bag_id, jsd, entropy``; means are logged as ``attention/jsd``, ``attention/entropy``.
     Bags come in a fixed order, from a model in evaluation mode. Works with and without a plug-in.
 
     Args:
@@ -162,7 +161,7 @@ def _attention_by_bag(call: RecordedAttention) -> list[Tensor]:
 
 
 def _bag_ids(batch: Any, n_bags: int, position: str) -> list[str]:
-    ids = batch.get("bag_id") if isinstance(batch, Mapping) else getattr(batch, "bag_id", None)
+    ids = batch_entry(batch, "bag_id")
     if ids is None:
         return [f"{position}:{index}" for index in range(n_bags)]
     if len(ids) != n_bags:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from mil_anchor.callbacks.processes import gather_objects, is_distributed
@@ -23,12 +23,22 @@ class RandomState(Callback):
         RuntimeError: The checkpoint was written by another number of processes.
     """
 
+    def __init__(self) -> None:
+        self._stage = ""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stage = stage
+
     @override
     def state_dict(self) -> dict[str, Any]:
         return {"processes": gather_objects(_random_states())}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Evaluation from a checkpoint draws what the user's seed says, on any number of processes.
+        if self._stage != "fit":
+            return
         processes = state_dict["processes"]
         rank, n_processes = 0, 1
         if is_distributed():

@@ -11,6 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from mil_anchor.site import AttentionSite
 
+# Models mask with -inf, the lowest finite number or -1e9; no score that is meant comes near.
+_MASKED = -1e8
+
 
 class RecordedAttention(NamedTuple):
     """One call of the attention block.
@@ -35,6 +38,10 @@ class RecordedAttention(NamedTuple):
 
 class AttentionRecorder:
     """Hooks on one attention block; they record between `start` and `stop` and are idle otherwise.
+
+    Which instances are real is told by the batch, ``batch["mask"]`` or ``batch.mask`` of shape
+    (bag, instance), and by the model: scores of -1e8 and below are masked. A batch without a mask
+    counts as unpadded.
 
     Args:
         root: The module that the site's path starts from.
@@ -93,31 +100,42 @@ class AttentionRecorder:
             ValueError: The scores do not fit the site, or it cannot be told which are padding.
         """
         calls, self._calls = self._calls, []
-        mask = _batch_entry(batch, "mask")
-        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        n_bags = None if mask is None else len(mask)
+        mask, n_bags = _batch_mask(batch), _n_bags(batch)
+        told = self.site.layout is None
         read = []
         for args, kwargs, output, versions in calls:
-            if _versions((args, kwargs)) != versions:
+            # Without gradients nothing runs again on these inputs.
+            if self._only_with_grad and _versions((args, kwargs)) != versions:
                 raise RuntimeError(
                     f"The inputs of attention block '{self.site.block}' must stay as they were "
                     "when it ran, but the model has changed them in place. Replace the in-place "
                     "operation after the block, or name a block whose input is left alone."
                 )
             features = _first_tensor(args, kwargs)
+            self.site = self.site.with_layout(output, features)
             scores = self.site.read(output, features=features, n_bags=n_bags)
+            scores = scores.masked_fill(scores <= _MASKED, -torch.inf)
             read.append(RecordedAttention(scores, None, args, kwargs))
+        n_read = sum(len(call.scores) for call in read)
+        # Several calls of the block are several distributions of each bag.
+        if told and n_bags is not None and n_read % n_bags:
+            raise ValueError(
+                f"The layout of block '{self.site.block}' was told from its input as "
+                f"'{self.site.layout}', but that gives {n_read} bags for a batch of {n_bags}. "
+                f"Write AttentionSite('{self.site.block}', layout='(b n) r') with the axes that "
+                "hold."
+            )
         if mask is None or bool(mask.all()):
             return read
-        masks = _masks_of_calls(self.site.block, [call.scores for call in read], mask.bool())
+        masks = _masks_of_calls(self.site.block, [call.scores for call in read], mask)
         return [call._replace(mask=own) for call, own in zip(read, masks, strict=True)]
 
-    def _on_tap(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        if self._wanted() and module is self._tap:
+    def _on_tap(self, _args: Any, _kwargs: Any, output: Any) -> None:
+        if self._wanted():
             self._tapped = output
 
-    def _on_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._wanted() or module is not self.block:
+    def _on_block(self, args: Any, kwargs: Any, output: Any) -> None:
+        if not self._wanted():
             return
         output = output if self._tap is self.block else self._tapped
         self._tapped = None
@@ -137,8 +155,8 @@ class _Hook:
         # Compiled code leaves its graph for the hook: what it keeps is Python state.
         self._record = torch.compiler.disable(getattr(recorder, method))  # type: ignore[no-untyped-call]
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._record(module, args, kwargs, output)
+    def __call__(self, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._record(args, kwargs, output)
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _make_idle_hook, ()
@@ -162,8 +180,31 @@ def _versions(inputs: Any) -> list[int]:
     return versions
 
 
-def _batch_entry(batch: Any, name: str) -> Any:
+def batch_entry(batch: Any, name: str) -> Any:
+    """An entry of a batch that is a mapping or an object; None if it has none."""
     return batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+
+
+def _batch_mask(batch: Any) -> Tensor | None:
+    mask = batch_entry(batch, "mask")
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 3 and mask.shape[-1] == 1:
+        mask = mask.squeeze(-1)
+    if mask.ndim != 2:
+        raise ValueError(
+            "The batch's mask must have the shape (bag, instance), True where an instance is real, "
+            f"but it has the shape {tuple(mask.shape)}. Reshape it, or give it another name."
+        )
+    return mask.bool()
+
+
+def _n_bags(batch: Any) -> int | None:
+    for name in ("mask", "label", "bag_id"):
+        entry = batch_entry(batch, name)
+        if (isinstance(entry, Tensor) and entry.ndim > 0) or isinstance(entry, list | tuple):
+            return len(entry)
+    return None
 
 
 def _masks_of_calls(block: str, scores: list[Tensor], mask: Tensor) -> list[Tensor | None]:

@@ -14,7 +14,7 @@ from typing_extensions import override
 from mil_anchor.callbacks.base import AttentionCallback
 from mil_anchor.callbacks.patch import TrainingPatch
 from mil_anchor.callbacks.processes import weighted_mean
-from mil_anchor.callbacks.recorder import AttentionRecorder, RecordedAttention
+from mil_anchor.callbacks.recorder import RecordedAttention, batch_entry
 from mil_anchor.site import AttentionSite
 
 
@@ -24,7 +24,9 @@ class AttentionRegularizer(AttentionCallback):
     A subclass says what the penalty of one recorded call of the attention block is. During a
     training step the block's calls are recorded by a hook; after the step the penalty, averaged
     over calls, bags and rows, joins the loss that ``training_step`` returns (a tensor or a
-    mapping with "loss") or, with manual optimization, the loss given to ``manual_backward``. The
+    mapping with "loss") or, with manual optimization, the loss given to the first
+    ``manual_backward`` after the block has run (with several losses, pass the one that uses the
+    block first: backward frees the graph that the penalty shares with it). The
     module is as before when fit ends, however it ends. A weight of 0 only measures.
 
     Args:
@@ -85,6 +87,9 @@ class AttentionRegularizer(AttentionCallback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._values:
+            # Automatic optimization has raised in the first step, unless every step was skipped.
+            if not pl_module.automatic_optimization:
+                raise MisconfigurationException(self.describe_missing())
             return
         mean = weighted_mean(self._values, self._n_values)
         self._values, self._n_values = [], []
@@ -97,15 +102,6 @@ class AttentionRegularizer(AttentionCallback):
         values = self.log_values(mean)
         pl_module.log_dict({f"{key}{suffix}": value for key, value in values.items()})
 
-    @property
-    def online(self) -> AttentionRecorder:
-        """The recorder on the model's own attention block; there is one while a fit runs."""
-        if self._recorder is None:
-            raise RuntimeError(
-                f"{type(self).__name__} is attached to a model only while trainer.fit runs."
-            )
-        return self._recorder
-
     def start_step(self, batch: Any) -> None:
         """Record from here on."""
         self._batch = batch
@@ -115,8 +111,12 @@ class AttentionRegularizer(AttentionCallback):
         """The weighted penalty of the calls recorded so far; None for weight 0."""
         # At weight 0 nothing enters the loss, not even a zero: training is bit for bit as without.
         with torch.set_grad_enabled(self.weight > 0):
-            calls = self.online.take(self._batch)
-            penalties = torch.cat([self.penalty(call).flatten() for call in calls])
+            try:
+                calls = self.online.take(self._batch)
+                penalties = torch.cat([self.penalty(call).flatten() for call in calls])
+            except ValueError as error:
+                ids = batch_entry(self._batch, "bag_id")
+                raise ValueError(f"In the batch of bags {ids}: {error}") from error
             mean = penalties.mean()
         self._values.append(mean.detach())
         self._n_values.append(len(penalties))
