@@ -122,6 +122,7 @@ def test_conf__misspelled_override__is_refused(override, error, message):
         ("experiment", {"module": {"learning_rate": 3}}, r"'module' .* It takes: model, n_classes"),
         ("plugin", {"_tagret_": "mil_anchor.AnchorCallback"}, "misspelled _target_"),
         ("experiment", {"names": {"mdoel": "x"}}, "'names' must have the keys"),
+        ("experiment", {"threads": 0}, "at least 1, or null .* got 0"),
         ("experiment", {"early_stopping": -3}, "at least 1 epoch, or null .* got -3"),
         ("experiment", {"sed": 3}, "'sed' not in 'Config'"),
         (

@@ -38,6 +38,7 @@ def test_run__complete__writes_the_whole_run_folder(tmp_path):
     metrics = _run(tmp_path, "plugin=anchor_nsf", "data.fold=1", "seed=3")
 
     assert {file.name for file in tmp_path.iterdir()} >= RUN_FILES
+    assert torch.get_num_threads() == 1  # the data set's
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     names = {"model": "abmil", "plugin": "anchor_nsf", "data": "ucsb_breast", "seed": 3, "fold": 1}
     assert metrics | names == metrics

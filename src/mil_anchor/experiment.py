@@ -52,6 +52,7 @@ class Config:
     site: Any = None
     out: str = MISSING
     resume: bool = MISSING
+    threads: int | None = None
     early_stopping: int | None = None
 
 
@@ -82,6 +83,8 @@ def run(config: DictConfig) -> dict[str, Any]:
     # First of all what can be wrong without looking at data.
     plugins = _plugins(config)
     seed_everything(config.seed, workers=True, verbose=False)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     data: BagDataModule = hydra.utils.instantiate(config.data)
     data.setup("fit")
     model = hydra.utils.instantiate(
@@ -146,6 +149,10 @@ def check_arguments(config: DictConfig) -> None:
         raise ValueError(
             "early_stopping must be at least 1 epoch, or null for none, but got "
             f"{config.early_stopping}."
+        )
+    if config.threads is not None and config.threads < 1:
+        raise ValueError(
+            f"threads must be at least 1, or null for torch's own choice, but got {config.threads}."
         )
     for path, node in _groups(config):
         if "_target_" not in node:

@@ -113,13 +113,14 @@ def test_regularizer__validation_inside_training__records_nothing(tmp_path):
 
     class Counting(Ceiling):
         def penalty(self, attention):
-            calls.append(attention.scores.requires_grad)
+            calls.append((attention.scores.requires_grad, attention.args[0].requires_grad))
             return super().penalty(attention)
 
     trainer = make_trainer(tmp_path, Counting(BLOCK, weight=0.1), val_check_interval=2)
     trainer.fit(seeded_module(), make_loader(), make_loader())
 
-    assert calls == [True] * 12
+    # The penalty acts through the scores, never through the block's inputs.
+    assert calls == [(True, False)] * 12
 
 
 def test_regularizer__scores_masked_in_place_by_the_model__are_kept_as_they_were(tmp_path):
