@@ -1,6 +1,7 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, IterableDataset
 
 from mil_anchor import AnchorCallback, AttentionMonitor, RandomState
 from mil_anchor.callbacks.monitor import read_attention
@@ -187,6 +188,28 @@ def test_monitor__input_changed_in_place_after_the_block__does_not_matter(tmp_pa
     trainer.fit(seeded_module(Changing), make_loader(), make_loader())
 
     assert len(read_attention(tmp_path / "attention.csv")) == 12
+
+
+def test_monitor__padding_that_changes_between_epochs__leaves_the_jsd(tmp_path):
+    class Growing(IterableDataset):
+        n_padding = 0
+
+        def __iter__(self):
+            self.n_padding += 1
+            padding = torch.full((1, self.n_padding, 4), 7.0)
+            yield {
+                "features": torch.cat([torch.ones(1, 5, 4), padding], dim=1),
+                "mask": torch.arange(5 + self.n_padding)[None] < 5,
+                "label": torch.tensor([1]),
+                "bag_id": ["a"],
+            }
+
+    trainer = make_trainer(tmp_path, AttentionMonitor(BLOCK))
+    trainer.fit(
+        seeded_module(), make_loader(make_batches(1)), DataLoader(Growing(), batch_size=None)
+    )
+
+    assert [row.jsd is None for row in read_attention(tmp_path / "attention.csv")] == [True, False]
 
 
 def test_monitor__block_that_is_called_twice__is_refused(tmp_path):

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import types
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -154,14 +153,9 @@ class _PatchedMethod:
             vars(self._module)[self._name] = self._held
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        # deepcopy and pickle of the module in mid-fit give the copy its own plain method.
-        if isinstance(self._inner, types.MethodType):
-            return _bind, (self._inner.__func__, self._inner.__self__)
+        # deepcopy and pickle of the module in mid-fit give the copy its own plain method: both
+        # bind a bound method to the copy of its object.
         return _itself, (self._inner,)
-
-
-def _bind(function: Callable[..., Any], module: LightningModule) -> Callable[..., Any]:
-    return types.MethodType(function, module)
 
 
 def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
