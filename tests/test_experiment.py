@@ -39,6 +39,10 @@ def test_run__complete__writes_the_whole_run_folder(tmp_path):
 
     assert {file.name for file in tmp_path.iterdir()} >= RUN_FILES
     assert torch.get_num_threads() == 1  # the data set's
+    # Written last, and by a rename.
+    written = {name: (tmp_path / name).stat().st_mtime_ns for name in RUN_FILES}
+    assert max(written, key=written.__getitem__) == "metrics.json"
+    assert not list(tmp_path.rglob("*.partial"))
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     names = {"model": "abmil", "plugin": "anchor_nsf", "data": "ucsb_breast", "seed": 3, "fold": 1}
     assert metrics | names == metrics
