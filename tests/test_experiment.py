@@ -98,6 +98,13 @@ def test_run__folder_of_another_configuration__is_refused_and_left_alone(tmp_pat
     assert (tmp_path / "metrics.json").read_text() == before
 
 
+def test_run__folder_of_a_run_that_never_began__is_taken_over(tmp_path):
+    with pytest.raises(Exception, match="lr must be"):
+        _run(tmp_path, "module.lr=0.0")
+
+    assert _run(tmp_path)["test/f1"] >= 0
+
+
 def test_run__killed_between_fit_and_test__only_tests(tmp_path):
     first = _run(tmp_path)
     (tmp_path / "metrics.json").unlink()

@@ -197,7 +197,8 @@ def _run_folder(names: DictConfig, seed: int, fold: int, overrides: str) -> str:
 def _prepare_folder(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | None:
     """Make the folder ready; the result if it holds a complete run of this configuration."""
     file = folder / "config.yaml"
-    if resolved["resume"] and file.exists():
+    begun = any((folder / name).exists() for name in (METRICS_FILE, "checkpoints/last.ckpt"))
+    if resolved["resume"] and begun:
         earlier: Any = OmegaConf.to_container(OmegaConf.load(file))
         changed = sorted(_flat(earlier).items() ^ _flat(resolved).items())
         if changed:
