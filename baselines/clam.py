@@ -22,12 +22,11 @@ class _CLAM(nn.Module):
         in_features: int,
         n_classes: int,
         *,
-        n_rows: int,
-        hidden: int,
-        attention_width: int,
-        dropout: float,
-        k_sample: int,
-        subtyping: bool,
+        hidden: int = 512,
+        attention_width: int = 256,
+        dropout: float = 0.25,
+        k_sample: int = 8,
+        subtyping: bool = False,
     ) -> None:
         super().__init__()
         check_positive(
@@ -45,9 +44,14 @@ class _CLAM(nn.Module):
         self.projection = nn.Sequential(
             nn.Linear(in_features, hidden), nn.ReLU(), nn.Dropout(dropout)
         )
+        n_rows = self._count_rows(n_classes)
         self.attention = GatedScorer(hidden, attention_width, n_rows, dropout=dropout)
         self.head = nn.Linear(hidden, n_classes)
         self.instance_classifiers = nn.ModuleList(nn.Linear(hidden, 2) for _ in range(n_classes))
+
+    @staticmethod
+    def _count_rows(n_classes: int) -> int:
+        raise NotImplementedError
 
     def _classify(self, pooled: Float[Tensor, "bag row hidden"]) -> Float[Tensor, "bag cls"]:
         raise NotImplementedError
@@ -153,27 +157,9 @@ class CLAMSB(_CLAM):
     - batches and masks; upstream takes one bag. The instance loss is averaged over bags.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        n_classes: int,
-        *,
-        hidden: int = 512,
-        attention_width: int = 256,
-        dropout: float = 0.25,
-        k_sample: int = 8,
-        subtyping: bool = False,
-    ) -> None:
-        super().__init__(
-            in_features,
-            n_classes,
-            n_rows=1,
-            hidden=hidden,
-            attention_width=attention_width,
-            dropout=dropout,
-            k_sample=k_sample,
-            subtyping=subtyping,
-        )
+    @staticmethod
+    def _count_rows(n_classes: int) -> int:  # noqa: ARG004 (the other model's rows depend on it)
+        return 1
 
     def _classify(self, pooled: Float[Tensor, "bag row hidden"]) -> Float[Tensor, "bag cls"]:
         logits: Tensor = self.head(pooled[:, 0])
@@ -208,27 +194,9 @@ class CLAMMB(_CLAM):
         torch.Size([1, 3, 5])
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        n_classes: int,
-        *,
-        hidden: int = 512,
-        attention_width: int = 256,
-        dropout: float = 0.25,
-        k_sample: int = 8,
-        subtyping: bool = False,
-    ) -> None:
-        super().__init__(
-            in_features,
-            n_classes,
-            n_rows=n_classes,
-            hidden=hidden,
-            attention_width=attention_width,
-            dropout=dropout,
-            k_sample=k_sample,
-            subtyping=subtyping,
-        )
+    @staticmethod
+    def _count_rows(n_classes: int) -> int:
+        return n_classes
 
     def _classify(self, pooled: Float[Tensor, "bag row hidden"]) -> Float[Tensor, "bag cls"]:
         # Class c's linear layer reads row c only; the other entries cost next to nothing.

@@ -233,6 +233,13 @@ def test_regularizer__flattened_bags__need_a_layout_and_then_give_the_same(tmp_p
     with pytest.raises(ValueError, match="gives 1 bags for a batch of 2"):
         make_trainer(tmp_path, AnchorCallback(BLOCK)).fit(seeded_module(Flattening), make_loader())
 
+    # Nor does a first batch of one bag, which is no list of several, let the next ones pass.
+    batches = [*make_batches(1, n_bags=1), *make_batches(1)]
+    with pytest.raises(ValueError, match="gives 1 bags for a batch of 2"):
+        make_trainer(tmp_path, AnchorCallback(BLOCK)).fit(
+            seeded_module(Flattening), make_loader(batches)
+        )
+
     divergences = []
     for cls, layout in ((Flattening, "(b n) r"), (NotFlattening, "b n r")):
         plugin = AnchorCallback(AttentionSite(BLOCK, layout=layout), weight=0.0)

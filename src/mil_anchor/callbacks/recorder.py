@@ -52,6 +52,7 @@ class AttentionRecorder:
     def __init__(self, root: nn.Module, site: AttentionSite, *, only_with_grad: bool) -> None:
         self.site = site
         self.block = site.find_block(root)
+        self._tells_layout = site.layout is None
         self._only_with_grad = only_with_grad
         self._recording = False
         self._tapped: Any = None
@@ -101,7 +102,6 @@ class AttentionRecorder:
         """
         calls, self._calls = self._calls, []
         mask, n_bags = _batch_mask(batch), _n_bags(batch)
-        told = self.site.layout is None
         read = []
         for args, kwargs, output, versions in calls:
             # Without gradients nothing runs again on these inputs.
@@ -118,7 +118,7 @@ class AttentionRecorder:
             read.append(RecordedAttention(scores, None, args, kwargs))
         n_read = sum(len(call.scores) for call in read)
         # Several calls of the block are several distributions of each bag.
-        if told and n_bags is not None and n_read % n_bags:
+        if self._tells_layout and n_bags is not None and n_read % n_bags:
             raise ValueError(
                 f"The layout of block '{self.site.block}' was told from its input as "
                 f"'{self.site.layout}', but that gives {n_read} bags for a batch of {n_bags}. "
