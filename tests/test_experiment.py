@@ -121,18 +121,28 @@ def test_run__without_a_whole_epoch__says_what_it_needs(tmp_path):
         run(composed(QUIET, "trainer.max_epochs=0", folder=tmp_path))
 
 
-def test_run__third_party_model__runs_without_and_with_a_site(tmp_path, caplog):
-    model = {"_target_": "tests.third_party.MeanModel"}
-    (tmp_path / "conf/model").mkdir(parents=True)
-    (tmp_path / "conf/model/mean.yaml").write_text(yaml.safe_dump(model))
-    arguments = ("model=mean", f"hydra.searchpath=[file://{tmp_path / 'conf'}]")
+@pytest.mark.parametrize("site", [(), ("site=model.scorer",)], ids=["found", "named"])
+def test_run__third_party_model__runs_with_its_attention_found_or_named(tmp_path, site):
+    metrics = _run(tmp_path, *_third_party(tmp_path, "MeanModel"), "plugin=anchor", *site)
 
-    bare = _run(tmp_path / "bare", *arguments)
-    anchored = _run(tmp_path / "site", *arguments, "plugin=anchor", "site=model.scorer")
+    assert metrics["attention/jsd"] >= 0
 
-    assert "No attention.csv" in caplog.text
-    assert "attention/jsd" not in bare
-    assert anchored["attention/jsd"] >= 0
+
+def test_run__model_without_attention__runs_without_a_plugin_only(tmp_path):
+    arguments = _third_party(tmp_path, "NoAttention")
+
+    with pytest.warns(UserWarning, match=r"AttentionMonitor writes no rows: The attention of"):
+        metrics = _run(tmp_path / "bare", *arguments)
+    assert "attention/jsd" not in metrics
+    with pytest.raises(Exception, match=r"The attention of MILModule must be found, but no sub"):
+        _run(tmp_path / "anchor", *arguments, "plugin=anchor")
+
+
+def _third_party(folder, name):
+    model = {"_target_": f"tests.third_party.{name}"}
+    (folder / "conf/model").mkdir(parents=True)
+    (folder / "conf/model/own.yaml").write_text(yaml.safe_dump(model))
+    return "model=own", f"hydra.searchpath=[file://{folder / 'conf'}]"
 
 
 def test_run__early_stopping__ends_before_the_last_epoch(tmp_path):

@@ -9,7 +9,11 @@ import mil_anchor
 from tests.composing import ROOT
 
 SOURCE = ROOT / "src" / "mil_anchor"
-NUMERICS = ("attention.py", "anchor.py", "site.py")
+NUMERICS = (
+    "attention.py",
+    "anchor.py",
+    *(f"sites/{file.name}" for file in (SOURCE / "sites").glob("*.py")),
+)
 
 
 def test_public_api__names__are_those_promised():
@@ -34,7 +38,15 @@ def _imports(file: Path) -> set[str]:
 def test_floors__numerics__import_neither_lightning_nor_anything_above(name):
     tops = {module.split(".")[0] for module in _imports(SOURCE / name)}
 
-    assert tops <= set(sys.stdlib_module_names) | {"torch", "jaxtyping", "einops"}
+    tops -= set(sys.stdlib_module_names)
+    assert tops <= {"torch", "jaxtyping", "einops", "typing_extensions", "mil_anchor"}
+
+
+@pytest.mark.parametrize("name", NUMERICS)
+def test_floors__numerics__do_not_import_the_plugins(name):
+    own = {module for module in _imports(SOURCE / name) if module.startswith("mil_anchor")}
+
+    assert all(module.startswith("mil_anchor.sites") for module in own)
 
 
 def test_floors__plugins__do_not_import_the_experiment():
@@ -44,7 +56,7 @@ def test_floors__plugins__do_not_import_the_experiment():
             "mil_anchor.callbacks",
             "mil_anchor.attention",
             "mil_anchor.anchor",
-            "mil_anchor.site",
+            "mil_anchor.sites",
         )
         assert all(module.startswith(allowed) for module in own), file
 

@@ -29,7 +29,7 @@ def _commands():
 @pytest.mark.parametrize("block", _blocks("python"), ids=itertools.count())
 def test_readme__python_block__runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mil_anchor.site._REGISTRY", {})
+    monkeypatch.setattr("mil_anchor.sites.registry._REGISTRY", {})
 
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 

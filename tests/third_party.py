@@ -1,4 +1,4 @@
-"""A model as a user may bring it: no mask, no label, plain logits, unknown to the registry."""
+"""Models as a user may bring them: no mask, no label, plain logits, unknown to the registry."""
 
 import torch
 from torch import nn
@@ -13,3 +13,12 @@ class MeanModel(nn.Module):
     def forward(self, features):
         attention = torch.softmax(self.scorer(features), dim=1)
         return self.head((attention * features).sum(dim=1))
+
+
+class NoAttention(nn.Module):
+    def __init__(self, in_features, n_classes) -> None:
+        super().__init__()
+        self.head = nn.Linear(in_features, n_classes)
+
+    def forward(self, features):
+        return self.head(features.mean(dim=1))

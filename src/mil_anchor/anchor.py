@@ -3,13 +3,17 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from mil_anchor.sites.base import map_tensors
+
+Result = TypeVar("Result")
 
 # Hooks that belong to the computation itself: without them the block loses its weight.
 _STRUCTURAL_HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
@@ -59,15 +63,21 @@ class Anchor:
             tensor.data = tensor.data.to(_anchor_dtype(tensor))
 
     @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the mirror on the online block's inputs, in the mirror's own precision."""
+    def apply(self, function: Callable[[nn.Module, Any], Result], inputs: Any) -> Result:
+        """``function(mirror, inputs)`` with the inputs detached and in the mirror's precision."""
         dtype = next((t.dtype for t in _tensors(self.block) if t.is_floating_point()), None)
         device = next((t.device.type for t in _tensors(self.block)), "cpu")
+
+        def cast(value: Tensor) -> Tensor:
+            value = value.detach()
+            return value if dtype is None or not value.is_floating_point() else value.to(dtype)
+
         with torch.autocast(device, enabled=False):
-            return self.block(
-                *(_cast(argument, dtype) for argument in args),
-                **{name: _cast(argument, dtype) for name, argument in kwargs.items()},
-            )
+            return function(self.block, map_tensors(cast, inputs))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the mirror on the online block's inputs, in the mirror's own precision."""
+        return self.apply(lambda block, inputs: block(*inputs[0], **inputs[1]), (args, kwargs))
 
     @torch.no_grad()
     def update(self, parameters: Collection[Tensor] | None = None) -> None:
@@ -175,17 +185,6 @@ def _anchor_dtype(tensor: Tensor) -> torch.dtype:
         if tensor.is_floating_point()
         else tensor.dtype
     )
-
-
-def _cast(value: Any, dtype: torch.dtype | None) -> Any:
-    if isinstance(value, Tensor):
-        value = value.detach()
-        return value.to(dtype) if dtype is not None and value.is_floating_point() else value
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(_cast(item, dtype) for item in value)
-    if isinstance(value, dict):
-        return {name: _cast(item, dtype) for name, item in value.items()}
-    return value
 
 
 def _named(block: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -25,7 +25,6 @@ from mil_anchor.callbacks.random_state import RandomState
 from mil_anchor.data.datamodule import BagDataModule
 from mil_anchor.module import MILModule, Prediction
 from mil_anchor.results import METRICS_FILE, attention_summary, read_metrics
-from mil_anchor.site import resolve_site
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     module: MILModule = hydra.utils.instantiate(
         config.module, model=model, n_classes=data.n_classes
     )
-    callbacks = [*plugins, *_monitor(config, module, folder), *_fixed_callbacks(config)]
+    callbacks = [*plugins, _monitor(config, folder), *_fixed_callbacks(config)]
     timer = Timer()
     best = ModelCheckpoint(
         folder / "checkpoints",
@@ -233,18 +232,12 @@ def _plugins(config: DictConfig) -> list[Callback]:
     return [hydra.utils.instantiate(config.plugin)] if config.plugin else []
 
 
-def _monitor(config: DictConfig, module: MILModule, folder: Path) -> list[Callback]:
+def _monitor(config: DictConfig, folder: Path) -> AttentionMonitor:
     site = config.site
     if isinstance(site, DictConfig):
         site = hydra.utils.instantiate(site)
-    try:
-        resolve_site(module, site)
-    except ValueError as error:
-        if site is not None:
-            raise
-        log.warning("No attention.csv, since the attention is not known (set site=...): %s", error)
-        return []
-    return [AttentionMonitor(site, path=folder / "attention.csv")]
+    # Not strict: a model trains without a plug-in whether or not its attention can be found.
+    return AttentionMonitor(site, path=folder / "attention.csv", strict=False)
 
 
 def _fixed_callbacks(config: DictConfig) -> list[Callback]:

@@ -9,16 +9,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from mil_anchor.anchor import Anchor, check_decay, has_lazy_parameters
 from mil_anchor.attention import kl_divergence, log_normalized_sigmoid, log_softmax
 from mil_anchor.callbacks.processes import is_distributed
-from mil_anchor.callbacks.recorder import RecordedAttention
 from mil_anchor.callbacks.regularizer import AttentionRegularizer
-from mil_anchor.site import AttentionSite
+from mil_anchor.sites.base import RecordedAttention, Site
 
 TARGETS = {"nsf": log_normalized_sigmoid, "softmax": log_softmax}
 
@@ -31,11 +29,13 @@ class AnchorCallback(AttentionRegularizer):
     of it remains. A checkpoint of the Trainer carries it.
 
     Args:
-        site: The attention block: None (a known model), a path, or an `AttentionSite`.
+        site: The attention block: None (known by the model's class, or found in the first training
+            step), a path, or a `Site`.
         target: What the anchor's scores become: ``"nsf"`` (the paper's) or ``"softmax"``.
         decay: EMA factor in [0, 1).
         weight: Coefficient of the divergence (the paper's beta), at least 0.
         update: Move the anchor after every optimizer ``"step"`` or every ``"epoch"``.
+        strict: Whether scores that no softmax of the model has got are an error or a warning.
 
     Raises:
         ValueError: An argument is out of range; the message names it.
@@ -49,14 +49,15 @@ class AnchorCallback(AttentionRegularizer):
 
     def __init__(
         self,
-        site: AttentionSite | str | None = None,
+        site: Site | str | None = None,
         *,
         target: str = "nsf",
         decay: float = 0.999,
         weight: float = 0.01,
         update: str = "step",
+        strict: bool = True,
     ) -> None:
-        super().__init__(site, weight=weight)
+        super().__init__(site, weight=weight, strict=strict)
         _check_choice("target", target, tuple(TARGETS))
         _check_choice("update", update, ("step", "epoch"))
         check_decay(decay)
@@ -77,25 +78,39 @@ class AnchorCallback(AttentionRegularizer):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
         if trainer.ckpt_path is not None and self._saved is None:
             rank_zero_info(
                 f"The checkpoint {trainer.ckpt_path} holds no anchor for {self.state_key}: the "
                 "anchor starts from the loaded weights."
             )
+        super().on_train_start(trainer, pl_module)
+
+    @override
+    def _attach(self, site: Site) -> None:
+        super()._attach(site)
+        self._unfollow()
+        self._anchor = None
         # Only now are the weights final: loaded, and broadcast from rank 0.
         if not has_lazy_parameters(self.online.block):
             self._start_anchor()
         if self.update == "step":
-            self._follow(trainer.optimizers)
+            self._follow()
+
+    @property
+    def anchor(self) -> Anchor:
+        """The EMA copy of the attention block; there is one from a fit's first step on."""
+        if self._anchor is None:
+            raise RuntimeError("The anchor starts with the first training step of a fit.")
+        return self._anchor
 
     @override
     def penalty(self, attention: RecordedAttention) -> Float[Tensor, "bag row"]:
-        if self._anchor is None:
+        if self._anchor is None:  # lazy parameters exist only now
             self._start_anchor()
         # The anchor runs in evaluation mode: what the model masks only in training, it does not.
         masked = attention.scores == -torch.inf
-        anchor_scores = self._anchor_scores(attention).masked_fill(masked, -torch.inf)
+        anchor_scores = self.anchor.apply(self.online.site.rescore, attention.inputs)
+        anchor_scores = anchor_scores.masked_fill(masked, -torch.inf)
         log_target = TARGETS[self.target](anchor_scores, attention.mask)
         log_online = log_softmax(attention.scores, attention.mask)
         return kl_divergence(log_target, log_online)
@@ -126,30 +141,24 @@ class AnchorCallback(AttentionRegularizer):
             self._anchor.load_state_dict(self._saved)
             self._saved = None
 
-    @torch.no_grad()
-    def _anchor_scores(self, attention: RecordedAttention) -> Tensor:
-        if self._anchor is None:
-            raise RuntimeError("The anchor starts with the first training step of a fit.")
-        site = self.online.site
-        with site.tapped(self._anchor.block) as outputs:
-            self._anchor(*attention.args, **attention.kwargs)
-        return site.read(outputs[-1], features=attention.features, n_bags=len(attention.scores))
-
-    def _follow(self, optimizers: list[Optimizer]) -> None:
+    def _follow(self) -> None:
         """Move the anchor after each step of the optimizers that own the block's parameters."""
         block = {id(parameter) for parameter in self.online.block.parameters()}
-        for optimizer in optimizers:
+        for optimizer in self.module.trainer.optimizers:
             owned = [p for g in optimizer.param_groups for p in g["params"] if id(p) in block]
             if owned:
                 self._handles.append(optimizer.register_step_post_hook(self._on_step(owned)))
         if not self._handles:
             raise MisconfigurationException(
-                f"An optimizer must own a parameter of attention block '{self.online.site.block}', "
+                f"An optimizer must own a parameter of attention block '{self.online.site.path}', "
                 "or the anchor never moves, but none does. Name the block that is trained."
             )
 
     def _on_step(self, owned: list[Tensor]) -> Any:
-        def move(*_: Any) -> None:
+        def move(optimizer: Any, *_: Any) -> None:
+            # A fused optimizer is called in a step that it then skips, for the AMP scaler.
+            if bool(getattr(optimizer, "found_inf", False)):
+                return
             # A training step that returns None still calls optimizer.step, without gradients.
             if self._anchor is not None and any(p.grad is not None for p in owned):
                 self._anchor.update(owned)
@@ -159,6 +168,9 @@ class AnchorCallback(AttentionRegularizer):
 
     def _detach(self) -> None:
         super()._detach()
+        self._unfollow()
+
+    def _unfollow(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []

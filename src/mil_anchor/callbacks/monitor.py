@@ -6,14 +6,16 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from mil_anchor.attention import js_divergence, log_softmax, normalized_entropy
 from mil_anchor.callbacks.base import AttentionCallback
 from mil_anchor.callbacks.processes import gather_objects
-from mil_anchor.callbacks.recorder import RecordedAttention, batch_entry
-from mil_anchor.site import AttentionSite
+from mil_anchor.callbacks.recorder import batch_entry
+from mil_anchor.callbacks.watch import StepWatch
+from mil_anchor.sites.base import RecordedAttention, Site
 
 
 class AttentionRow(NamedTuple):
@@ -34,8 +36,11 @@ class AttentionMonitor(AttentionCallback):
     Bags come in a fixed order, from a model in evaluation mode. Works with and without a plug-in.
 
     Args:
-        site: The attention block: None (a known model), a path, or an `AttentionSite`.
+        site: The attention block: None (known by the model's class, or found in the first training
+            step), a path, or a `Site`.
         path: The CSV file; None: ``attention.csv`` in the Trainer's log folder.
+        strict: Whether attention that is not found, or scores that no softmax of the model has got,
+            are an error or a warning. Attention that is not found gives no rows.
 
     Source: ASMIL (arXiv 2603.06658), eq. 3 and 35.
     """
@@ -43,9 +48,13 @@ class AttentionMonitor(AttentionCallback):
     _only_with_grad = False
 
     def __init__(
-        self, site: AttentionSite | str | None = None, *, path: str | Path | None = None
+        self,
+        site: Site | str | None = None,
+        *,
+        path: str | Path | None = None,
+        strict: bool = True,
     ) -> None:
-        super().__init__(site)
+        super().__init__(site, strict=strict)
         self.path = path
         self._previous: dict[str, Tensor] = {}
         self._current: dict[str, Tensor] = {}
@@ -89,7 +98,12 @@ class AttentionMonitor(AttentionCallback):
             return
         attention = [bag for call in self._recorder.take(batch) for bag in _attention_by_bag(call)]
         self._recorder.stop()
-        ids = _bag_ids(batch, len(attention), f"{dataloader_idx}:{batch_idx}")
+        try:
+            ids = _bag_ids(batch, len(attention), f"{dataloader_idx}:{batch_idx}")
+        except ValueError as error:
+            self._give_up(str(error))
+            self._detach()
+            return
         self._current.update(zip(ids, attention, strict=True))
 
     @override
@@ -125,6 +139,20 @@ class AttentionMonitor(AttentionCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._previous = state_dict["previous"]
+
+    @override
+    def observe(self, watch: StepWatch, batch: Any, loss: Tensor) -> bool:
+        done = super().observe(watch, batch, loss)
+        if self._recorder is not None:
+            self._recorder.stop()
+        return done
+
+    @override
+    def _give_up(self, why: str) -> None:
+        if self.strict:
+            super()._give_up(why)
+        self._current = {}
+        rank_zero_warn(f"{type(self).__name__} writes no rows: {why}")
 
     def _start_file(self, epoch: int) -> None:
         """A new file, or the rows of the epochs before the one that this fit begins with."""

@@ -3,11 +3,14 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor
+
+from mil_anchor.callbacks.watch import StepWatch
 
 _NOT_SET = object()
 
@@ -32,6 +35,18 @@ class LossTerm(Protocol):
     def has_recorded(self) -> bool:
         """Whether something has run since the last term was taken."""
 
+    @property
+    def is_searching(self) -> bool:
+        """Whether it is not known yet what must run."""
+
+
+@runtime_checkable
+class StepObserver(Protocol):
+    """What looks at everything that the first training steps run."""
+
+    def observe(self, watch: StepWatch, batch: Any, loss: Tensor) -> bool:
+        """Look at a step that has given this loss; True: enough seen."""
+
 
 class TrainingPatch:
     """Wraps ``training_step`` and ``manual_backward`` on one module instance.
@@ -41,8 +56,11 @@ class TrainingPatch:
     """
 
     def __init__(self, module: LightningModule) -> None:
-        self._module = module
+        self.module = module
         self._terms: list[LossTerm] = []
+        self._observers: list[StepObserver] = []
+        self._watch: StepWatch | None = None
+        self._batch: Any = None
         self._taken: set[int] = set()
         self._called_manual_backward = False
         self._methods = [
@@ -51,33 +69,54 @@ class TrainingPatch:
         ]
 
     @classmethod
-    def add(cls, module: LightningModule, term: LossTerm) -> "TrainingPatch":
-        """Let a term take part in the module's training steps."""
+    def of(cls, module: LightningModule) -> "TrainingPatch":
+        """The module's patch, made if it has none."""
         method = vars(module).get("training_step")
-        patch = method.patch if isinstance(method, _PatchedMethod) else cls(module)
-        patch._terms.append(term)
-        return patch
+        return method.patch if isinstance(method, _PatchedMethod) else cls(module)
 
-    def remove(self, term: LossTerm) -> None:
-        """Let a term go; the last one restores the module."""
-        self._terms = [kept for kept in self._terms if kept is not term]
-        if not self._terms:
+    def add_term(self, term: LossTerm) -> None:
+        """Let a term take part in the module's training steps."""
+        self._terms.append(term)
+
+    def add_observer(self, observer: StepObserver) -> None:
+        """Let an observer look at training steps until it has seen enough."""
+        self._observers.append(observer)
+        if self._watch is None:
+            # Now, and not in the step: a model that is compiled has its hooks before that.
+            self._watch = StepWatch(self.module)
+
+    def remove(self, member: object) -> None:
+        """Let a term or an observer, or what is both, go; the last one restores the module."""
+        self._terms = [kept for kept in self._terms if kept is not member]
+        self._dismiss(member)
+
+    def _dismiss(self, observer: object) -> None:
+        self._observers = [kept for kept in self._observers if kept is not observer]
+        if not self._observers and self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+        if not self._terms and not self._observers:
             for method in self._methods:
                 method.restore()
 
     def _training_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        batch = next(iter((*args, *kwargs.values())), None)
+        # A validation step may call the training step.
+        if not self.module.trainer.training:
+            return step(*args, **kwargs)
+        self._batch = next(iter((*args, *kwargs.values())), None)
         self._taken.clear()
         self._called_manual_backward = False
         for term in self._terms:
-            term.start_step(batch)
+            term.start_step(self._batch)
         try:
-            result = step(*args, **kwargs)
-            if self._module.automatic_optimization:
-                return self._add_terms_to_result(result)
-            self._check_manual_step()
-            return result
+            with self._watch or nullcontext():
+                result = step(*args, **kwargs)
+                if self.module.automatic_optimization:
+                    return self._add_terms_to_result(result)
+                self._check_manual_step()
+                return result
         finally:
+            self._batch = None
             for term in self._terms:
                 term.end_step()
 
@@ -85,6 +124,7 @@ class TrainingPatch:
         self, backward: Callable[..., None], loss: Tensor, *args: Any, **kwargs: Any
     ) -> None:
         self._called_manual_backward = True
+        self._let_observe(loss)
         for term in self._terms:
             if term.has_recorded:
                 loss = _plus(loss, term.take_term())
@@ -99,11 +139,22 @@ class TrainingPatch:
         return result  # None skips the step; anything else is Lightning's to refuse
 
     def _plus_terms(self, loss: Tensor) -> Tensor:
+        self._let_observe(loss)
         for term in self._terms:
-            if not term.has_recorded:
+            if term.has_recorded:
+                loss = _plus(loss, term.take_term())
+            elif not term.is_searching:
                 raise MisconfigurationException(term.describe_missing())
-            loss = _plus(loss, term.take_term())
         return loss
+
+    def _let_observe(self, loss: Tensor) -> None:
+        if self._watch is None:
+            return
+        watch = self._watch
+        with watch.paused():
+            for observer in list(self._observers):
+                if observer.observe(watch, self._batch, loss):
+                    self._dismiss(observer)
 
     def _check_manual_step(self) -> None:
         for term in self._terms:
@@ -115,7 +166,7 @@ class TrainingPatch:
                     "so that a plug-in can add its term, but this training step ran the attention "
                     "block without it. Replace loss.backward()."
                 )
-            if self._called_manual_backward:
+            if self._called_manual_backward and not term.is_searching:
                 raise MisconfigurationException(term.describe_missing())
 
 

@@ -7,15 +7,17 @@ import torch
 from jaxtyping import Float
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from typing_extensions import override
 
 from mil_anchor.callbacks.base import AttentionCallback
 from mil_anchor.callbacks.patch import TrainingPatch
 from mil_anchor.callbacks.processes import weighted_mean
-from mil_anchor.callbacks.recorder import RecordedAttention, batch_entry
-from mil_anchor.site import AttentionSite
+from mil_anchor.callbacks.recorder import batch_entry
+from mil_anchor.sites.base import RecordedAttention, Site
+
+# By name, since the package pytorch_lightning has classes of its own.
+_SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 
 
 class AttentionRegularizer(AttentionCallback):
@@ -30,8 +32,10 @@ class AttentionRegularizer(AttentionCallback):
     module is as before when fit ends, however it ends. A weight of 0 only measures.
 
     Args:
-        site: The attention block: None (a known model), a path, or an `AttentionSite`.
+        site: The attention block: None (known by the model's class, or found in the first training
+            step), a path, or a `Site`.
         weight: Coefficient of the penalty, at least 0.
+        strict: Whether scores that no softmax of the model has got are an error or a warning.
 
     Raises:
         ValueError: The weight is negative or not finite.
@@ -49,15 +53,16 @@ class AttentionRegularizer(AttentionCallback):
 
     _only_with_grad = True
 
-    def __init__(self, site: AttentionSite | str | None = None, *, weight: float) -> None:
+    def __init__(
+        self, site: Site | str | None = None, *, weight: float, strict: bool = True
+    ) -> None:
         if not 0 <= weight < float("inf"):
             raise ValueError(
                 f"weight must be a finite number of at least 0, but got {weight}. Use 0 to measure "
                 "without changing the training."
             )
-        super().__init__(site)
+        super().__init__(site, strict=strict)
         self.weight = weight
-        self._patch: TrainingPatch | None = None
         self._batch: Any = None
         self._values: list[Tensor] = []
         self._n_values: list[int] = []
@@ -72,8 +77,8 @@ class AttentionRegularizer(AttentionCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        sharded = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
-        if stage == "fit" and isinstance(trainer.strategy, sharded):
+        names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
+        if stage == "fit" and names & _SHARDED:
             raise MisconfigurationException(
                 f"{type(self).__name__} needs whole parameters on every device, but "
                 f"{type(trainer.strategy).__name__} shards them. Use strategy='ddp'."
@@ -82,7 +87,7 @@ class AttentionRegularizer(AttentionCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._patch = TrainingPatch.add(pl_module, self)
+        TrainingPatch.of(pl_module).add_term(self)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,14 +103,15 @@ class AttentionRegularizer(AttentionCallback):
             for other in trainer.callbacks  # type: ignore[attr-defined]
             if type(other) is type(self) and other is not self
         ]
-        suffix = f"/{self.online.site.block}" if others else ""
+        suffix = f"/{self.online.site.path}" if others else ""
         values = self.log_values(mean)
         pl_module.log_dict({f"{key}{suffix}": value for key, value in values.items()})
 
     def start_step(self, batch: Any) -> None:
         """Record from here on."""
         self._batch = batch
-        self.online.start()
+        if self._recorder is not None:
+            self._recorder.start()
 
     def take_term(self) -> Tensor | None:
         """The weighted penalty of the calls recorded so far; None for weight 0."""
@@ -125,12 +131,19 @@ class AttentionRegularizer(AttentionCallback):
     def end_step(self) -> None:
         """Drop what the step left behind, graph included."""
         self._batch = None
-        self.online.stop()
+        if self._recorder is not None:
+            self._recorder.stop()
 
     def describe_missing(self) -> str:
         """Why a training step may have given no scores."""
+        if self._recorder is None:
+            return (
+                f"{type(self).__name__} must find the attention of the model in the first training "
+                "step, but no step has run one with gradients. Name the block, as in "
+                f"{type(self).__name__}('attention')."
+            )
         return (
-            f"{type(self).__name__} must see the attention block '{self.online.site.block}' run "
+            f"{type(self).__name__} must see the attention block '{self.online.site.path}' run "
             "with gradients in every training step, but it did not. Check that the path names the "
             "block in use, that training_step calls it as a module (not its forward), that it does "
             "not run under no_grad or reentrant checkpointing, and that the model was not compiled "
@@ -140,13 +153,15 @@ class AttentionRegularizer(AttentionCallback):
     @property
     def has_recorded(self) -> bool:
         """Whether the block has run since the last term was taken."""
-        return self._recorder is not None and self._recorder.has_calls
+        return self._recorder is not None and bool(self._recorder.calls)
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether the attention has not been found yet."""
+        return self._recorder is None
 
     @override
     def _detach(self) -> None:
-        if self._patch is not None:
-            self._patch.remove(self)
-            self._patch = None
         super()._detach()
         self._batch = None
         self._values, self._n_values = [], []

@@ -1,0 +1,66 @@
+"""Watches everything that a training step runs: for discovery and proof."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from mil_anchor.callbacks.recorder import CallRecorder
+from mil_anchor.sites.base import ModuleCall
+from mil_anchor.sites.normalizations import Normalization, NormalizationWatch
+
+
+class StepWatch:
+    """Records, while it is entered, every submodule's calls and every normalisation.
+
+    Compiled parts run eagerly meanwhile: a fused kernel shows nothing, and what is compiled later
+    is compiled without these hooks.
+
+    Args:
+        root: The module to watch; calls are named by paths from it.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        watched = {path: module for path, module in root.named_modules() if path}
+        self._recorder = CallRecorder(watched, only_with_grad=True)
+        self._normalizations = NormalizationWatch()
+        self._stack = ExitStack()
+
+    @property
+    def calls(self) -> Sequence[ModuleCall]:
+        """Every submodule's calls with gradients, in the order of their return."""
+        return self._recorder.calls
+
+    @property
+    def seen(self) -> Sequence[Normalization]:
+        """What the step has normalised."""
+        return self._normalizations.seen
+
+    def __enter__(self) -> None:
+        self._recorder.start()
+        self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        self._stack.enter_context(self._normalizations)
+        self._normalizations.active = True
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._recorder.stop()
+        self._normalizations.stop()
+        self._stack.close()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record no normalisations: what runs now is not the model's."""
+        self._normalizations.active = False
+        yield
+        self._normalizations.active = True
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        self._recorder.remove()

@@ -1,0 +1,329 @@
+"""Discovery: finds the attention of an unknown model in what one training step has run."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mil_anchor.sites.base import ModuleCall, Site, find_submodule
+from mil_anchor.sites.layout import arrange, possible_layouts
+from mil_anchor.sites.normalizations import Normalization
+from mil_anchor.sites.proof import MASKED
+from mil_anchor.sites.score import AttentionSite, GatedSite
+
+KINDS = (
+    "AttentionSite(block, tap=...) where a submodule puts out the scores; GatedSite(value, gate, "
+    "score) where three sibling modules make them; ClassTokenSite(qkv) for the class token of a "
+    "fused projection (TransMIL); MultiheadSite(block) for nn.MultiheadAttention; "
+    "CriticalInstanceSite(query) for DSMIL; or a class of your own (docs/your-model.md)"
+)
+
+_VIEWS = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "T", "Permute", "AsStrided")
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """A submodule output that a softmax over the instances has got."""
+
+    call: ModuleCall
+    output: int | str | None
+    scores: Tensor
+    scale: float
+    softmax: Normalization
+
+
+def discover(
+    root: nn.Module,
+    calls: Sequence[ModuleCall],
+    seen: Sequence[Normalization],
+    *,
+    loss: Tensor,
+    n_bags: int | None = None,
+) -> Site:
+    """The one attention site of a model, found in what a training step has run.
+
+    A submodule whose output is the argument of a softmax over the instances is the tap. The block
+    is the smallest submodule around it that takes the instance features, owns all parameters
+    through which the scores alone reach the loss, and owns no others that train.
+
+    Args:
+        root: The module that the calls' paths start from.
+        calls: Every call of every submodule, named by its path, in the order of their return.
+        seen: What the model normalised.
+        loss: The step's loss, with its graph.
+        n_bags: Number of bags in the batch, where the batch tells it.
+
+    Raises:
+        ValueError: No submodule is the tap, no block fits around it, or several taps do; the
+            message lists what there is, ready to paste.
+    """
+    found: dict[str, Site | None] = {}
+    for tap in _taps(calls, seen, n_bags):
+        if tap.call.name not in found:
+            found[tap.call.name] = _site_around(root, calls, tap, loss, n_bags)
+    sites = list(dict.fromkeys(site for site in found.values() if site is not None))
+    unclear = [name for name, site in found.items() if site is None]
+    inner = [site for site in sites if all(_is_inside(site, other) for other in sites)]
+    if len(inner) == 1 and not unclear:
+        return inner[0]
+    model = type(root).__name__
+    if sites:
+        lines = [f"AnchorCallback({site})" for site in sites]
+        raise ValueError(
+            f"One attention block must be meant, but the softmaxes over instances that {model} "
+            f"runs get their scores from {list(found)}. Name one: {' or '.join(lines)}."
+        )
+    why = (
+        f"the scores of its softmax come from {unclear}, but no submodule around takes instance "
+        "features and owns all parameters of that scorer and no others"
+        if unclear
+        else "no submodule's output is the argument of a softmax over instances"
+    )
+    raise ValueError(
+        f"The attention of {model} must be found, but {why}. Say where it is: {KINDS}. "
+        f"Submodules that put out something for each instance: {_candidates(calls)}."
+    )
+
+
+def shows_instances(calls: Sequence[ModuleCall]) -> bool:
+    """Whether the calls show bags of two or more instances: one has nothing to attend to."""
+    features = [call.features for call in calls]
+    shapes = [f.shape for f in features if f is not None and f.ndim > 1]
+    return any(shape[1 if len(shape) > 2 else 0] > 1 for shape in shapes)
+
+
+def _taps(
+    calls: Sequence[ModuleCall], seen: Sequence[Normalization], n_bags: int | None
+) -> Iterator[_Tap]:
+    """Of each softmax over two or more instances, the first module that put out its argument."""
+    outputs = [(call, key, value) for call in calls for key, value in _outputs(call.returned)]
+    for softmax in seen:
+        if softmax.function == "sigmoid" or softmax.scores.shape[-1] < 2:
+            continue
+        matches = []
+        for call, key, value in outputs:
+            scale = _scale_between(value.detach(), softmax)
+            if scale is not None:
+                matches.append(_Tap(call, key, value, scale, softmax))
+        exact = [match for match in matches if match.scale == 1]
+        # A softmax over classes gets the scores of a module that has no axis of that length.
+        yield from [
+            tap
+            for tap in (exact or matches)[:1]
+            if _layout(tap, tap.call.features, n_bags) is not None
+        ]
+
+
+def _outputs(returned: Any) -> Iterator[tuple[int | str | None, Tensor]]:
+    if isinstance(returned, Tensor):
+        items: Any = [(None, returned)]
+    elif isinstance(returned, tuple | list):
+        items = enumerate(returned)
+    else:
+        items = returned.items() if isinstance(returned, dict) else []
+    yield from (
+        (key, value)
+        for key, value in items
+        if isinstance(value, Tensor) and value.is_floating_point()
+    )
+
+
+def _scale_between(value: Tensor, softmax: Normalization) -> float | None:
+    """The positive factor that makes this output the softmax's argument; None: it is not."""
+    target = softmax.scores
+    if value.numel() != target.numel():
+        return None
+    target = target.reshape([n for n in target.shape[:-1] if n > 1] + [target.shape[-1]])
+    for own in _unfused(value, target):
+        for axes in permutations(range(own.ndim)):
+            if own.permute(axes).shape == target.shape:
+                scale = _factor(own.permute(axes), target, free_constant=softmax.function == "exp")
+                if scale is not None:
+                    return scale
+    return None
+
+
+def _unfused(value: Tensor, target: Tensor) -> Iterator[Tensor]:
+    """The output without axes of length one, and with (bag instance) as two axes."""
+    squeezed = value.squeeze()
+    yield squeezed
+    n_instances = target.shape[-1]
+    if 0 < squeezed.ndim < target.ndim and squeezed.shape[0] % n_instances == 0:
+        yield squeezed.reshape(-1, n_instances, *squeezed.shape[1:])
+
+
+def _factor(own: Tensor, target: Tensor, *, free_constant: bool) -> float | None:
+    real = target > MASKED
+    if not bool(real.any(dim=-1).all()):
+        return None
+    own, target = own.double(), target.double()
+    if free_constant:
+        # Only the logarithm of the attention is known: scores but for a constant of each row.
+        own, target = (_centred(x, real) for x in (own, target))
+    own, target = own[real], target[real]
+    if bool((own - target).abs().amax() <= 1e-6 * target.abs().amax()):
+        return 1.0
+    scale = float(own @ target / (own @ own).clamp_min(1e-300))
+    fits = bool((scale * own - target).abs().amax() <= 1e-5 * target.abs().amax())
+    return round(scale, 6) if fits and scale > 0 and not free_constant else None
+
+
+def _centred(values: Tensor, real: Tensor) -> Tensor:
+    kept = values.where(real, 0)
+    return kept - kept.sum(dim=-1, keepdim=True) / real.sum(dim=-1, keepdim=True)
+
+
+def _site_around(
+    root: nn.Module, calls: Sequence[ModuleCall], tap: _Tap, loss: Tensor, n_bags: int | None
+) -> Site | None:
+    # Each call of the tap is a way to the loss that leads through scores.
+    scores = [
+        value
+        for call in calls
+        if call.name == tap.call.name
+        for key, value in _outputs(call.returned)
+        if key == tap.output
+    ]
+    scorer, others = _parameters_of(scores, loss)
+    if not scorer:
+        return None
+    path = tap.call.name
+    while path:
+        owned = {id(p) for p in find_submodule(root, path).parameters()}
+        if owned & others:
+            break
+        block_call = next((call for call in calls if call.name == path), None)
+        if block_call is not None and scorer <= owned:
+            layout = _layout(tap, block_call.features, n_bags)
+            if layout is not None:
+                return _declared(block_call, tap, layout)
+        path = path.rpartition(".")[0]
+    return _gated(root, calls, tap, scorer, n_bags)
+
+
+def _declared(block_call: ModuleCall, tap: _Tap, layout: str) -> AttentionSite:
+    """The shortest declaration: the block's own output where that is the scores."""
+    for key, value in _outputs(block_call.returned):
+        same = value.shape == tap.scores.shape and torch.equal(value, tap.scores)
+        if same:
+            return AttentionSite(block_call.name, layout=layout, output=key, scale=tap.scale)
+    below = tap.call.name[len(block_call.name) + 1 :]
+    return AttentionSite(
+        block_call.name, tap=below, layout=layout, output=tap.output, scale=tap.scale
+    )
+
+
+def _gated(
+    root: nn.Module,
+    calls: Sequence[ModuleCall],
+    tap: _Tap,
+    scorer: Collection[int],
+    n_bags: int | None,
+) -> Site | None:
+    """Sibling modules V and U whose product the tap has got."""
+    product = tap.call.features
+    factors: list[ModuleCall] = []
+    for call in calls:
+        owned = {id(p) for p in find_submodule(root, call.name).parameters()}
+        output = call.returned
+        if owned and owned <= set(scorer) and isinstance(output, Tensor) and product is not None:
+            # The outer of two modules with one output comes later.
+            factors = [f for f in factors if not f.name.startswith(f"{call.name}.")]
+            factors += [call] if output.shape == product.shape else []
+    for value in factors:
+        for gate in factors:
+            if value is gate or product is None:
+                continue
+            if torch.allclose(value.returned * gate.returned, product, rtol=1e-6, atol=0):
+                layout = _layout(tap, value.features, n_bags)
+                owned = {
+                    id(p)
+                    for call in (value, gate, tap.call)
+                    for p in find_submodule(root, call.name).parameters()
+                }
+                if layout is not None and set(scorer) <= owned and tap.scale == 1:
+                    return GatedSite(value.name, gate.name, tap.call.name, layout=layout)
+    return None
+
+
+def _parameters_of(scores: Sequence[Tensor], loss: Tensor) -> tuple[set[int], set[int]]:
+    """Parameters through which only the scores reach the loss, and all the others of the loss."""
+    nodes: list[Any] = []
+    for tensor in scores:
+        node = tensor.grad_fn
+        if node is not None and node.name() == "CloneBackward0":  # the recorder's own copy
+            node = node.next_functions[0][0]
+        nodes.append(node)
+        # A change in place of a view hangs the loss below the view.
+        while node is not None and node.name().startswith(_VIEWS):
+            node = node.next_functions[0][0]
+            nodes.append(node)
+    others = _leaves([loss.grad_fn], without=nodes)
+    return _leaves(nodes, without=[]) - others, others
+
+
+def _leaves(start: Sequence[Any], *, without: Sequence[Any]) -> set[int]:
+    """Ids of the parameters below some nodes of the autograd graph, not passing others."""
+    leaves: set[int] = set()
+    known = set(without)
+    waiting = list(start)
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        waiting += [following for following, _ in node.next_functions]
+    return leaves
+
+
+def _layout(tap: _Tap, features: Tensor | None, n_bags: int | None) -> str | None:
+    """The first layout by which the scores belong to the features and to the softmax's rows."""
+    n_instances = tap.softmax.scores.shape[-1]
+    if features is None or features.ndim < 2:
+        return None
+    first, second = features.shape[:2]
+    if features.ndim > 2:
+        # Bags first, as everywhere, or instances first, as some transformers have it.
+        n_bags_possible = [first] * (second == n_instances) + [second] * (first == n_instances)
+    else:
+        fits = first in (n_instances, (n_bags or 1) * n_instances)
+        n_bags_possible = [first // n_instances] * fits
+    for bags in n_bags_possible:
+        layouts = possible_layouts(tuple(tap.scores.shape), n_bags=bags, n_instances=n_instances)
+        for layout in layouts:
+            # Features without a bag axis give scores without one, or with both in one.
+            has_bags = features.ndim > 2 or "(b n)" in layout or "b" not in layout
+            if has_bags and _has_rows_of(tap, layout, bags):
+                return layout
+    return None
+
+
+def _has_rows_of(tap: _Tap, layout: str, n_bags: int) -> bool:
+    scores = arrange(tap.scores.detach(), layout, tap.call.name, n_bags)
+    target = tap.softmax.scores.reshape(-1, scores.shape[-1])
+    free_constant = tap.softmax.function == "exp"
+    return any(
+        _factor(rows.reshape(target.shape), target, free_constant=free_constant) == tap.scale
+        for rows in (scores, scores.transpose(0, 1))
+        if rows.numel() == target.numel()
+    )
+
+
+def _is_inside(site: Site, other: Site) -> bool:
+    return site == other or site.path.startswith(f"{other.path}.")
+
+
+def _candidates(calls: Sequence[ModuleCall]) -> str:
+    """Submodules that put out fewer numbers than they take, with shapes."""
+    lines = {}
+    for call in calls:
+        features = call.features
+        for _, value in _outputs(call.returned):
+            if features is not None and value.ndim > 1 and value.numel() < features.numel():
+                lines[call.name] = f"{call.name} {tuple(features.shape)} -> {tuple(value.shape)}"
+    return "; ".join(list(lines.values())[:20]) or "none"

@@ -1,0 +1,347 @@
+"""Sites whose scores a submodule puts out: declared by a path, or made of three siblings."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from typing_extensions import override
+
+from mil_anchor.sites.base import (
+    ModuleCall,
+    RecordedAttention,
+    Site,
+    describe,
+    find_submodule,
+    find_submodules,
+    joined,
+)
+from mil_anchor.sites.layout import arrange, check_layout, fitting_layouts, tell_layout
+
+
+@dataclass(frozen=True)
+class AttentionSite(Site):
+    """An attention block inside a model.
+
+    Args:
+        block: Path of the submodule that takes instance features and owns all parameters of the
+            scorer, with dots; an integer indexes a container, also from its end
+            (``"attention_net.-1"``), and a pattern names several (``"heads.*"``), which are rows if
+            they judge the same instances, else distributions of their own. The anchor mirrors it.
+        tap: Path below the block of the submodule that puts out the raw scores. Empty: the block
+            itself. A pattern names several, which are rows.
+        layout: Axes of the tap's output in einops notation: ``b`` bag, ``n`` instance, ``r`` row
+            (head, class branch ...), for example ``"b n r"``, ``"n r"``, ``"b n"`` or
+            ``"(b n) r"``. An absent axis has length one. None: told from the shape of the block's
+            first input, where the axis before the last counts the instances.
+        output: Index or key of the scores when the tap returns a tuple or a mapping.
+        scale: What the model multiplies the scores by before its softmax: a number, or an
+            attribute of the model by its path, ``"1/temperature"`` for a divisor.
+        mask: Name of the argument by which a mask reaches the block, ``"~mask"`` if True means
+            padding there. Not needed where the batch has the mask of the whole bags.
+        surrogate: The model never normalises these scores over the instances (an exact row of a
+            Nystrom attention, say), so no softmax can prove them.
+
+    Raises:
+        ValueError: The layout names an unknown axis, an axis twice, or no instance axis.
+
+    Example:
+        >>> print(AttentionSite("attention_net.-1", layout="n r", output=0))
+        AttentionSite('attention_net.-1', layout='n r', output=0)
+    """
+
+    block: str
+    tap: str = ""
+    layout: str | None = None
+    output: int | str | None = None
+    scale: float | str = 1.0
+    mask: str | None = None
+    surrogate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layout is not None:
+            check_layout(self.layout)
+
+    @property
+    @override
+    def path(self) -> str:
+        return self.block
+
+    @property
+    @override
+    def must_be_proven(self) -> bool:
+        return not self.surrogate
+
+    @override
+    def within(self, prefix: str) -> "AttentionSite":
+        scale = self.scale
+        if isinstance(scale, str):
+            divides, name = scale.startswith("1/"), scale.removeprefix("1/")
+            scale = "1/" * divides + joined(prefix, name)
+        return replace(self, block=joined(prefix, self.block), scale=scale)
+
+    @override
+    def bound(self, root: nn.Module) -> "AttentionSite":
+        if not isinstance(self.scale, str):
+            return self
+        value = _number_of(root, self.scale.removeprefix("1/"))
+        return replace(self, scale=1 / value if self.scale.startswith("1/") else value)
+
+    @override
+    def find_block(self, root: nn.Module) -> nn.Module:
+        blocks = [block for _, block in find_submodules(root, self.block)]
+        return blocks[0] if len(blocks) == 1 else nn.ModuleList(blocks)
+
+    @override
+    def watched(self, root: nn.Module) -> dict[str, nn.Module]:
+        modules: dict[str, nn.Module] = {}
+        for index, (_, block) in enumerate(find_submodules(root, self.block)):
+            if self.tap:
+                taps = find_submodules(block, self.tap)
+                modules |= {f"{index} tap {row}": tap for row, (_, tap) in enumerate(taps)}
+            modules[f"{index}"] = block
+        return modules
+
+    @override
+    def settled(self, calls: Sequence[ModuleCall]) -> "AttentionSite":
+        if self.layout is not None:
+            return self
+        for call, outputs in self._outputs_of_blocks(calls):
+            scores = outputs[0] if self.output is None else outputs[0][self.output]
+            if isinstance(scores, Tensor):
+                fitting = fitting_layouts(scores, call.features)
+                if len(fitting) == 1:
+                    return replace(self, layout=fitting[0])
+        return self
+
+    @override
+    def read(self, calls: Sequence[ModuleCall], n_bags: int | None) -> list[RecordedAttention]:
+        by_block: dict[str, list[RecordedAttention]] = {}
+        for call, outputs in self._outputs_of_blocks(calls):
+            features = call.features
+            scores = [self._scores(output, features, n_bags) for output in outputs]
+            part = (int(call.name), *call.inputs(), n_bags)
+            read = RecordedAttention(
+                torch.cat(scores, dim=1), self._mask_of(call, scores[0]), (part,)
+            )
+            by_block.setdefault(call.name, []).append(read)
+        return _as_rows(list(by_block.values()))
+
+    @override
+    def rescore(self, block: nn.Module, inputs: Any) -> Float[Tensor, "bag row instance"]:
+        scores = []
+        for index, args, kwargs, n_bags in inputs:
+            # A list is never a block itself: it cannot be called.
+            part = block[index] if isinstance(block, nn.ModuleList) else block
+            taps = [tap for _, tap in find_submodules(part, self.tap)]
+            calls: dict[nn.Module, ModuleCall] = {}
+            with ExitStack() as stack:
+                for tap in taps:
+                    stack.enter_context(kept_call(tap, partial(_keep, calls)))
+                part(*args, **kwargs)
+            features = ModuleCall("", part, args, kwargs, None).features
+            scores += [self._scores(calls[tap].output, features, n_bags) for tap in taps]
+        return torch.cat(scores, dim=1)
+
+    def _outputs_of_blocks(self, calls: Sequence[ModuleCall]) -> list[tuple[ModuleCall, list[Any]]]:
+        """The calls of blocks, each with what its taps have returned."""
+        found = []
+        tapped: dict[str, Any] = {}
+        for call in calls:
+            block, _, row = call.name.partition(" tap ")
+            if row:
+                tapped[call.name] = call.output
+                continue
+            names = [name for name in tapped if name.partition(" tap ")[0] == block]
+            rows = [tapped.pop(name) for name in sorted(names, key=_row_of)]
+            if self.tap and not rows:
+                raise ValueError(
+                    f"The tap '{self.tap}' must run whenever the attention block '{self.block}' "
+                    "does, with gradients, but it did not. Name the submodule that puts out the "
+                    "scores; reentrant checkpointing hides it, so pass use_reentrant=False."
+                )
+            found.append((call, rows if self.tap else [call.output]))
+        return found
+
+    def _scores(self, output: Any, features: Tensor | None, n_bags: int | None) -> Tensor:
+        if self.output is not None:
+            output = output[self.output]
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            raise ValueError(
+                f"The scores of block '{self.block}' must be a floating tensor, but its tap "
+                f"returned {describe(output)}. Name the right tap, or pick the scores with "
+                "AttentionSite(output=...)."
+            )
+        layout = self.layout or tell_layout(output, features, self.block)
+        scores = arrange(output, layout, self.block, n_bags)
+        return scores if self.scale == 1 else scores * float(self.scale)
+
+    def _mask_of(self, call: ModuleCall, scores: Tensor) -> Bool[Tensor, "bag instance"] | None:
+        if self.mask is None:
+            return None
+        name = self.mask.removeprefix("~")
+        signature = inspect.signature(call.module.forward)
+        if name not in signature.parameters:
+            raise ValueError(
+                f"mask='{self.mask}' must name an argument of attention block '{self.block}', but "
+                f"its forward takes {list(signature.parameters)}."
+            )
+        value = signature.bind_partial(*call.args, **call.kwargs).arguments.get(name)
+        if value is None:
+            return None
+        shape = (len(scores), scores.shape[-1])
+        if not isinstance(value, Tensor) or value.numel() != shape[0] * shape[1]:
+            raise ValueError(
+                f"The argument '{name}' of attention block '{self.block}' must have one entry for "
+                f"each of {shape} (bag, instance), but it is {describe(value)}."
+            )
+        mask = value.reshape(shape).bool()
+        return ~mask if self.mask.startswith("~") else mask
+
+
+@dataclass(frozen=True)
+class GatedSite(Site):
+    """A gated scorer ``w(V(h) * U(h))`` whose three parts are siblings: no module owns the product.
+
+    Args:
+        value: Path of V, which takes the instance features, its activation included.
+        gate: Path of U, its activation included.
+        score: Path of w, which puts out the raw scores.
+        layout: Axes of w's output, as in `AttentionSite`.
+
+    Raises:
+        ValueError: The layout names an unknown axis, an axis twice, or no instance axis.
+
+    Source: Ilse, Tomczak, Welling, *Attention-based Deep Multiple Instance Learning*, ICML 2018,
+    eq. 9, in the form of the authors' code.
+    """
+
+    value: str
+    gate: str
+    score: str
+    layout: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout is not None:
+            check_layout(self.layout)
+
+    @property
+    @override
+    def path(self) -> str:
+        return "+".join((self.value, self.gate, self.score))
+
+    @override
+    def within(self, prefix: str) -> "GatedSite":
+        paths = {name: joined(prefix, getattr(self, name)) for name in ("value", "gate", "score")}
+        return replace(self, **paths)
+
+    @override
+    def find_block(self, root: nn.Module) -> nn.Module:
+        return _Gated(*(find_submodule(root, path) for path in (self.value, self.gate, self.score)))
+
+    @override
+    def watched(self, root: nn.Module) -> dict[str, nn.Module]:
+        return {name: find_submodule(root, getattr(self, name)) for name in ("value", "score")}
+
+    @override
+    def settled(self, calls: Sequence[ModuleCall]) -> "GatedSite":
+        if self.layout is not None:
+            return self
+        for value, score in self._pairs(calls):
+            fitting = fitting_layouts(score.output, value.features)
+            if len(fitting) == 1:
+                return replace(self, layout=fitting[0])
+        return self
+
+    @override
+    def read(self, calls: Sequence[ModuleCall], n_bags: int | None) -> list[RecordedAttention]:
+        return [
+            RecordedAttention(
+                self._scores(score.output, value.features, n_bags), None, (value.inputs(), n_bags)
+            )
+            for value, score in self._pairs(calls)
+        ]
+
+    @override
+    def rescore(self, block: nn.Module, inputs: Any) -> Float[Tensor, "bag row instance"]:
+        (args, kwargs), n_bags = inputs
+        features = ModuleCall("", block, args, kwargs, None).features
+        return self._scores(block(*args, **kwargs), features, n_bags)
+
+    def _pairs(self, calls: Sequence[ModuleCall]) -> list[tuple[ModuleCall, ModuleCall]]:
+        values = [call for call in calls if call.name == "value"]
+        scores = [call for call in calls if call.name == "score"]
+        if len(values) != len(scores):
+            raise ValueError(
+                f"'{self.value}' and '{self.score}' must run equally often, but they ran "
+                f"{len(values)} and {len(scores)} times. Name the parts of one gated scorer."
+            )
+        return list(zip(values, scores, strict=True))
+
+    def _scores(self, output: Tensor, features: Tensor | None, n_bags: int | None) -> Tensor:
+        layout = self.layout or tell_layout(output, features, self.path)
+        return arrange(output, layout, self.path, n_bags)
+
+
+class _Gated(nn.Module):
+    """The product that the model computes in its own forward."""
+
+    def __init__(self, value: nn.Module, gate: nn.Module, score: nn.Module) -> None:
+        super().__init__()
+        self.value, self.gate, self.score = value, gate, score
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.score(self.value(*args, **kwargs) * self.gate(*args, **kwargs))
+
+
+def _as_rows(by_block: list[list[RecordedAttention]]) -> list[RecordedAttention]:
+    """Calls of different blocks on the same instances, side by side as rows of one distribution."""
+    shapes = [[(len(r.scores), r.scores.shape[-1]) for r in read] for read in by_block]
+    if not by_block or any(own != shapes[0] for own in shapes):
+        return [read for of_block in by_block for read in of_block]
+    return [
+        RecordedAttention(
+            torch.cat([read.scores for read in of_call], dim=1),
+            of_call[0].mask,
+            tuple(part for read in of_call for part in read.inputs),
+        )
+        for of_call in zip(*by_block, strict=True)
+    ]
+
+
+def _keep(calls: dict[nn.Module, ModuleCall], call: ModuleCall) -> None:
+    calls[call.module] = call
+
+
+def _row_of(name: str) -> int:
+    return int(name.rpartition(" ")[2])
+
+
+@contextmanager
+def kept_call(module: nn.Module, keep: Callable[[ModuleCall], None]) -> Iterator[None]:
+    """Hand each call of a module to a function while the context is open."""
+    handle = module.register_forward_hook(
+        lambda module, args, kwargs, output: keep(ModuleCall("", module, args, kwargs, output)),
+        with_kwargs=True,
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _number_of(root: nn.Module, path: str) -> float:
+    """A number among the attributes of a submodule."""
+    owner, _, name = path.rpartition(".")
+    value = getattr(find_submodule(root, owner), name, None)
+    if isinstance(value, nn.Parameter) or not isinstance(value, int | float | Tensor):
+        raise ValueError(
+            f"scale must name a fixed number of the model, but '{path}' of {type(root).__name__} "
+            f"is {describe(value)}. Write the number."
+        )
+    return float(value)

@@ -1,0 +1,152 @@
+import pytest
+import torch
+from torch import nn
+
+from mil_anchor import AttentionSite
+from mil_anchor.callbacks.watch import StepWatch
+from mil_anchor.sites.discovery import shows_instances
+from tests.sites.watching import bag, find
+
+
+class Plain(nn.Module):
+    """An encoder, a scorer whose last layer is the tap, and a head over two classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(5, 6), nn.ReLU())
+        self.inner = nn.Module()
+        self.inner.scorer = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
+        self.head = nn.Linear(6, 2)
+        self.scale = 1.0
+
+    def forward(self, features):
+        hidden = self.encoder(features)
+        attention = (self.inner.scorer(hidden) * self.scale).softmax(dim=1)
+        return self.head((attention * hidden).sum(dim=1))
+
+
+@pytest.mark.parametrize("n_bags", [1, 2, 3])
+@pytest.mark.parametrize("n_instances", [2, 3, 7])
+def test_discovery__scorer_behind_an_encoder__is_mirrored_whole(n_bags, n_instances):
+    # As many bags as classes, as many instances as classes: the loss's softmax is none of ours.
+    label = torch.zeros(n_bags, dtype=torch.long)
+    site = find(
+        Plain(),
+        bag(n_bags, n_instances),
+        loss=lambda logits: nn.functional.cross_entropy(logits.softmax(1).log(), label),
+        n_bags=n_bags,
+    )
+
+    assert site == AttentionSite("inner.scorer", layout="b n r")
+
+
+def test_discovery__temperature__becomes_the_scale():
+    model = Plain()
+    model.scale = 0.25
+
+    assert find(model, bag()) == AttentionSite("inner.scorer", layout="b n r", scale=0.25)
+
+
+def test_discovery__frozen_encoder_or_first_layer__changes_nothing():
+    model = Plain()
+    model.encoder.requires_grad_(False)
+    assert find(model, bag()).block == "inner.scorer"
+
+
+class Parallel(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(6, 1)
+
+    def forward(self, features):
+        hidden = self.encoder(features)
+        attention = self.second(hidden).softmax(dim=1)
+        return super().forward(features) + self.head((attention * hidden).sum(dim=1))
+
+
+def test_discovery__two_attentions__lists_both_ready_to_paste():
+    with pytest.raises(ValueError, match="One attention block must be meant") as error:
+        find(Parallel(), bag())
+
+    for line in ("'inner.scorer', layout='b n r'", "'second', layout='b n r'"):
+        assert f"AnchorCallback(AttentionSite({line}))" in str(error.value)
+
+
+class Loose(Plain):
+    """The scorer's two layers are siblings without a product: nothing owns both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 4), nn.Linear(4, 1)
+
+    def forward(self, features):
+        hidden = self.encoder(features)
+        attention = self.last(torch.tanh(self.first(hidden))).softmax(dim=1)
+        return self.head((attention * hidden).sum(dim=1))
+
+
+def test_discovery__no_module_owns_the_scorer__shows_candidates_and_kinds():
+    with pytest.raises(ValueError, match=r"scores of its softmax come from \['last'\]") as error:
+        find(Loose(), bag())
+
+    message = str(error.value)
+    assert "first (1, 7, 6) -> (1, 7, 4); last (1, 7, 4) -> (1, 7, 1)" in message
+    for kind in ("GatedSite", "ClassTokenSite", "MultiheadSite", "CriticalInstanceSite"):
+        assert kind in message
+
+
+def test_discovery__no_softmax_over_instances__says_so():
+    class Mean(Plain):
+        def forward(self, features):
+            return self.head(self.encoder(features).mean(dim=1)).softmax(dim=1)
+
+    with pytest.raises(ValueError, match="no submodule's output is the argument of a softmax"):
+        find(Mean(), bag())
+
+
+def test_discovery__scorer_inside_another_scorers_block__is_chosen():
+    class Outer(nn.Module):
+        """Mixes instances by an attention of its own before it scores them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scorer = nn.Linear(6, 1)
+            self.last = nn.Linear(6, 1)
+
+        def forward(self, hidden):
+            context = (self.scorer(hidden).softmax(dim=1) * hidden).sum(dim=1, keepdim=True)
+            return self.last(hidden + context)
+
+    class Nested(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner.scorer = Outer()
+
+    site = find(Nested(), bag())
+
+    assert site.block == "inner.scorer.scorer"
+
+
+def test_shows_instances__bags_of_one__do_not():
+    model = Plain()
+    watch = StepWatch(model)
+    shown = []
+    for n_instances in (1, 2):
+        with watch:
+            model(bag(3, n_instances))
+            shown.append(shows_instances(watch.calls[:2]))
+
+    assert shown == [False, True]
+
+
+def test_discovery__leaves_the_model_as_it_was():
+    model = Plain()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+
+    find(model, bag())
+
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())

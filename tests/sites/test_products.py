@@ -1,0 +1,212 @@
+import pytest
+import torch
+from torch import nn
+
+from mil_anchor import ClassTokenSite, CriticalInstanceSite, MultiheadSite
+from mil_anchor.sites.proof import find_difference  # noqa: F401
+from tests.sites.watching import bag, read
+
+
+class Attention(nn.Module):
+    """Self-attention with zeros in front, up to a multiple of four tokens."""
+
+    def __init__(self, width=8, n_heads=2) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+
+    def forward(self, x):
+        padded = nn.functional.pad(x, (0, 0, -x.shape[1] % 4, 0))
+        q, k, v = self.qkv(padded).chunk(3, dim=-1)
+        return ((q @ k.mT).softmax(dim=-1) @ v)[:, -x.shape[1] :]
+
+
+class Squared(nn.Module):
+    """A class token, and the first instances again up to a square number."""
+
+    def __init__(self, width=8) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, width)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.attention = Attention(width)
+        self.repeats = True
+
+    def forward(self, features):
+        x = self.embed(features)
+        missing = int(x.shape[1] ** 0.5 + 0.999) ** 2 - x.shape[1] if self.repeats else 0
+        x = torch.cat([self.token.expand(len(x), -1, -1), x, x[:, :missing]], dim=1)
+        return self.attention(x)[:, 0]
+
+
+def _row(model, features):
+    """The class token's row by the formula, in float64."""
+    model = model.double()
+    x = model.embed(features.double())
+    tokens = torch.cat([model.token.expand(len(x), -1, -1), x], dim=1)
+    q, k, _ = model.attention.qkv(tokens).chunk(3, dim=-1)
+    heads = [slice(0, 4), slice(4, 8)]
+    rows = [(q[:, :1, h] * k[:, 1:, h]).sum(dim=-1) / 2 for h in heads]
+    return torch.stack(rows, dim=1)
+
+
+@pytest.mark.parametrize("n_instances", [1, 2, 3, 4, 7, 9, 10])
+def test_class_token_site__any_padding_and_repeats__gives_the_row_of_the_formula(n_instances):
+    model, features = Squared(), bag(2, n_instances)
+    (attention,), _ = read(model, ClassTokenSite("attention.qkv"), {"features": features})
+    again = ClassTokenSite("attention.qkv", heads=2).rescore(model.attention.qkv, attention.inputs)
+
+    assert attention.scores.shape == (2, 2, n_instances)
+    assert torch.allclose(again, attention.scores, atol=1e-6)
+    assert torch.allclose(attention.scores.double(), _row(model, features), atol=1e-6)
+
+
+def test_class_token_site__model_run_by_its_forward__counts_by_its_first_submodule():
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Squared()
+            self.forward = self.model.forward
+
+    wrapper, features = Wrapper(), bag(1, 5)
+    site = ClassTokenSite("attention.qkv").within("model")
+
+    (attention,), _ = read(wrapper, site, {"features": features})
+
+    assert attention.scores.shape == (1, 2, 5)
+    assert torch.allclose(attention.scores.double(), _row(wrapper.model, features), atol=1e-6)
+
+
+def test_class_token_site__no_repeats__must_be_told():
+    model = Squared()
+    model.repeats = False
+    features = bag(1, 7)
+
+    with pytest.raises(ValueError, match=r"8 tokens for 7 instances.*squared=False"):
+        read(model, ClassTokenSite("attention.qkv"), {"features": features})
+    site = ClassTokenSite("attention.qkv", squared=False)
+    assert read(model, site, {"features": features})[0][0].scores.shape == (1, 2, 7)
+
+
+def test_class_token_site__unknown_heads__asks_for_them():
+    model = Squared()
+    del model.attention.n_heads
+
+    with pytest.raises(ValueError, match=r"Attention has no heads, n_heads or num_heads.*heads="):
+        ClassTokenSite("attention.qkv").bound(model)
+    assert ClassTokenSite("attention.qkv", heads=4).bound(model).heads == 4
+
+
+class Seeds(nn.Module):
+    """Learned queries attend to the instances."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.seeds = nn.Parameter(torch.randn(3, 8))
+        self.batch_first = options.get("batch_first", False)
+        self.attention = nn.MultiheadAttention(8, 2, kdim=5, vdim=5, **options)
+
+    def forward(self, features, mask=None):
+        queries = self.seeds.expand(len(features), -1, -1)
+        order = (lambda x: x) if self.batch_first else (lambda x: x.transpose(0, 1))
+        padding = None if mask is None else ~mask
+        return self.attention(
+            order(queries), order(features), order(features), padding, need_weights=False
+        )[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bias": False}])
+def test_multihead_site__learned_queries__give_a_row_per_head_and_query(options):
+    model, features = Seeds(**options), bag(2, 6)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+
+    (attention,), difference = read(
+        model, MultiheadSite("attention"), {"features": features}, features, mask
+    )
+
+    mha = model.attention
+    bias = mha.in_proj_bias if mha.in_proj_bias is not None else torch.zeros(24)
+    q = model.seeds @ mha.q_proj_weight.T + bias[:8]
+    k = features @ mha.k_proj_weight.T + bias[8:16]
+    expected = torch.cat(
+        [torch.einsum("qd,bnd->bqn", q[:, h], k[:, :, h]) / 2 for h in (slice(4), slice(4, 8))],
+        dim=1,
+    )
+    assert torch.allclose(attention.scores, expected, atol=1e-5)
+    assert torch.equal(attention.mask, mask)
+    assert difference is None
+    again = MultiheadSite("attention").rescore(mha, attention.inputs)
+    assert torch.equal(again, attention.scores)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_multihead_site__encoder_layer_in_evaluation__is_not_bypassed(fast):
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=8, batch_first=True, dropout=0.0)
+    layer.eval()
+    layer.self_attn.requires_grad_(not fast)
+    features = bag(1, 6, width=8)
+    from mil_anchor.callbacks.recorder import AttentionRecorder
+
+    recorder = AttentionRecorder(
+        layer, MultiheadSite("self_attn", class_token=True), only_with_grad=False
+    )
+    recorder.start()
+    with torch.no_grad():
+        layer(features)
+
+    (attention,) = recorder.take({"features": features})
+    assert attention.scores.shape == (1, 2, 5)
+
+
+def test_multihead_site__other_module__is_refused():
+    with pytest.raises(ValueError, match=r"must be an nn.MultiheadAttention, but it is a Linear"):
+        MultiheadSite("attention.qkv").watched(Squared())
+
+
+class Dual(nn.Module):
+    """A query network on the instances and on the critical ones."""
+
+    def __init__(self, times=2) -> None:
+        super().__init__()
+        self.times = times
+        self.classes = nn.Linear(5, 2)
+        self.query = nn.Sequential(nn.Linear(5, 4), nn.Tanh())
+
+    def forward(self, features):
+        features = features[0]
+        critical = features[self.classes(features).argmax(dim=0)]
+        queries = self.query(features)
+        for _ in range(self.times - 1):
+            products = queries @ self.query(critical).T / 2
+        return products.softmax(dim=0).T @ features + self.classes(features).sum()
+
+
+def test_critical_instance_site__query_run_twice__gives_a_row_per_class():
+    model, features = Dual(), bag()
+    site = CriticalInstanceSite("query")
+
+    (attention,), difference = read(model, site, {"features": features})
+
+    chosen = model.classes(features[0]).argmax(dim=0)
+    q = torch.tanh(features[0] @ model.query[0].weight.T + model.query[0].bias)
+    expected = torch.stack([(q * q[index]).sum(dim=-1) / 2 for index in chosen])
+    assert torch.allclose(attention.scores[0], expected, atol=1e-6)
+    assert difference is None
+    # Both sides come from the copy: with its own weights on one side the gap would never close.
+    again = site.rescore(model.query, attention.inputs)
+    assert torch.allclose(again, attention.scores, atol=1e-6)
+
+
+def test_critical_instance_site__query_run_three_times__is_refused():
+    with pytest.raises(ValueError, match="there were 2 and 1 calls"):
+        read(Dual(times=3), CriticalInstanceSite("query"), {"features": bag()})
+
+
+def test_sites__as_text__can_be_pasted():
+    for site in (
+        ClassTokenSite("a.qkv", heads=4),
+        MultiheadSite("a", tap="b", class_token=True),
+        CriticalInstanceSite("q", classifier="c", scale=1.0),
+    ):
+        assert eval(str(site)) == site
+        assert eval(str(site.within("net"))) == site.within("net")
