@@ -1,157 +1,238 @@
 """The plug-in in the settings of Lightning that people use."""
 
+import functools
+
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BatchSizeFinder, EMAWeightAveraging, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from torch.utils.checkpoint import checkpoint
 
 from mil_anchor import AnchorCallback, AttentionMonitor
+from tests.callbacks.subjects import SUBJECTS
 from tests.callbacks.tiny import (
-    TinyModule,
+    assert_clean,
     assert_equal_states,
-    make_batches,
     make_loader,
     make_trainer,
     parameters_of,
     seeded_module,
 )
 
-BLOCK = "net.attention"
+
+def _fit(subject, module, folder, **options):
+    """What the plug-in makes of a module: its weights and those of the anchor."""
+    callback = AnchorCallback(subject.site, weight=0.5, decay=0.9)
+    make_trainer(folder, callback, **options).fit(module, make_loader(subject.batches()))
+    return parameters_of(module) | callback.state_dict()["anchor"]
 
 
-def _assert_clean(module):
-    assert "training_step" not in vars(module)
-    assert not any(part._forward_hooks for part in module.modules())
-
-
-class Checkpointed(TinyModule):
-    """Runs its attention block under activation checkpointing."""
+class CheckpointedLoss:
+    """Runs the whole model under activation checkpointing."""
 
     reentrant = False
 
     def loss(self, batch):
-        hidden = self.net.encoder(batch["features"])
-        scores = checkpoint(self.net.attention, hidden, use_reentrant=self.reentrant)
-        pooled = torch.softmax(scores, dim=1).transpose(1, 2) @ hidden
-        return torch.nn.functional.cross_entropy(self.net.head(pooled.mean(1)), batch["label"])
+        # The reentrant kind wants an input with a gradient.
+        start = torch.zeros((), requires_grad=True)
+        return checkpoint(self._loss, start, batch, use_reentrant=self.reentrant)
+
+    def _loss(self, start, batch):
+        return start + super().loss(batch)
 
 
-class NotCheckpointed(Checkpointed):
-    def loss(self, batch):
-        hidden = self.net.encoder(batch["features"])
-        pooled = torch.softmax(self.net.attention(hidden), dim=1).transpose(1, 2) @ hidden
-        return torch.nn.functional.cross_entropy(self.net.head(pooled.mean(1)), batch["label"])
+def test_checkpointing__of_the_model_non_reentrant__trains_like_without(tmp_path, subject):
+    plain = seeded_module(subject.module, dropout=0.0)
+    checkpointed = seeded_module(subject.variant(CheckpointedLoss), dropout=0.0)
+
+    assert_equal_states(
+        _fit(subject, plain, tmp_path, precision="64-true"),
+        _fit(subject, checkpointed, tmp_path, precision="64-true"),
+    )
 
 
-def test_checkpointing__non_reentrant__trains_like_without(tmp_path):
-    trained = []
-    for cls in (NotCheckpointed, Checkpointed):
-        module = seeded_module(cls, dropout=0.0)
-        callback = AnchorCallback(BLOCK, weight=0.5, decay=0.9)
-        make_trainer(tmp_path, callback).fit(module, make_loader())
-        trained.append(parameters_of(module) | callback.state_dict()["anchor"])
+def test_checkpointing__inside_the_block_non_reentrant__trains_like_without(tmp_path, subject):
+    plain, checkpointed = (seeded_module(subject.module, dropout=0.0) for _ in range(2))
+    block = subject.block_of(checkpointed)
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
-    assert_equal_states(*trained)
+    assert_equal_states(
+        _fit(subject, plain, tmp_path, precision="64-true"),
+        _fit(subject, checkpointed, tmp_path, precision="64-true"),
+    )
 
 
-def test_checkpointing__reentrant__is_refused(tmp_path):
-    module = seeded_module(Checkpointed)
+def test_checkpointing__reentrant__is_refused(tmp_path, subject):
+    module = subject.variant(CheckpointedLoss)()
     module.reentrant = True
 
-    with pytest.raises(Exception, match="reentrant checkpointing"):
-        make_trainer(tmp_path, AnchorCallback(BLOCK)).fit(module, make_loader())
-    _assert_clean(module)
+    with pytest.raises(MisconfigurationException, match="reentrant checkpointing"):
+        _fit(subject, module, tmp_path)
+    assert_clean(module)
 
 
-def test_lbfgs__closure_called_many_times__moves_the_anchor_once_a_step(tmp_path):
-    class LBFGS(TinyModule):
-        def configure_optimizers(self):
-            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
+def test_checkpointing__of_a_tap_by_the_reentrant_kind__is_refused(tmp_path):
+    subject = SUBJECTS["torchmil"]
+    module = seeded_module(subject.module)
+    block = subject.block_of(module)
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=True)
 
-    module = seeded_module(LBFGS, dropout=0.0)
-    start = parameters_of(module.net.attention)
-    callback = AnchorCallback(BLOCK, weight=0.1, decay=0.5)
-
-    make_trainer(tmp_path, callback, max_steps=1).fit(module, make_loader(make_batches(1)))
-
-    end = parameters_of(module.net.attention)
-    for name, tensor in callback.state_dict()["anchor"].items():
-        assert torch.allclose(tensor, (start[name] + end[name]) / 2), name
+    with pytest.raises((MisconfigurationException, ValueError), match="reentrant checkpointing"):
+        _fit(subject, module, tmp_path)
+    assert_clean(module)
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_weight_averaging__beside_the_plugin__changes_neither(tmp_path, order):
-    trained = []
+def test_weight_averaging__beside_the_plugin__leaves_the_anchor(tmp_path, subject, order):
+    anchors = []
+    loader = make_loader(subject.batches())
     for averaging in ([], [EMAWeightAveraging(decay=0.9)]):
-        module = seeded_module()
-        plugin = AnchorCallback(BLOCK, weight=0.5, decay=0.9)
-        callbacks = [plugin, AttentionMonitor(BLOCK), *averaging][::order]
-        trainer = make_trainer(tmp_path, *callbacks)
-        trainer.fit(module, make_loader(), make_loader())
-        trained.append(plugin.state_dict()["anchor"])
-        _assert_clean(module)
+        module = seeded_module(subject.module)
+        plugin = AnchorCallback(subject.site, weight=0.5, decay=0.9)
+        callbacks = [plugin, AttentionMonitor(subject.site), *averaging][::order]
+        make_trainer(tmp_path, *callbacks).fit(module, loader, loader)
+        anchors.append(plugin.state_dict()["anchor"])
+        assert_clean(module)
+
+    assert_equal_states(*anchors)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_weight_averaging__beside_a_plugin_of_weight_0__averages_the_same(tmp_path, subject, order):
+    averages = []
+    loader = make_loader(subject.batches())
+    for plugin in ([], [AnchorCallback(subject.site, weight=0.0, decay=0.9)]):
+        module = seeded_module(subject.module)
+        callbacks = [*plugin, EMAWeightAveraging(decay=0.9)][::order]
+        make_trainer(tmp_path, *callbacks).fit(module, loader, loader)
+        averages.append(parameters_of(module))
+
+    assert_equal_states(*averages)
+
+
+@pytest.mark.filterwarnings("ignore:.*fast_dev_run.*")
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"num_sanity_val_steps": 2}])
+def test_fast_dev_run_and_sanity_validation__work(tmp_path, subject, options):
+    module, loader = seeded_module(subject.module), make_loader(subject.batches())
+    trainer = make_trainer(tmp_path, AnchorCallback(subject.site, weight=0.5), **options)
+
+    trainer.fit(module, loader, loader)
+
+    assert trainer.callback_metrics["anchor/kl"] > 0
+    assert_clean(module)
+
+
+def test_sanity_validation__before_the_fit__changes_nothing(tmp_path, subject):
+    trained = []
+    loader = make_loader(subject.batches())
+    for n_sanity in (0, 2):
+        module = seeded_module(subject.module, dropout=0.0)
+        plugin = AnchorCallback(subject.site, weight=0.5, decay=0.9)
+        trainer = make_trainer(tmp_path, plugin, num_sanity_val_steps=n_sanity)
+        trainer.fit(module, loader, loader)
+        trained.append(parameters_of(module) | plugin.state_dict()["anchor"])
 
     assert_equal_states(*trained)
 
 
-@pytest.mark.filterwarnings("ignore:.*fast_dev_run.*|.*lr scheduler.*")
-def test_fast_dev_run_and_sanity_validation__work(tmp_path):
-    for options in ({"fast_dev_run": True}, {"num_sanity_val_steps": 2}):
-        module = seeded_module()
-        trainer = make_trainer(tmp_path, AnchorCallback(BLOCK, weight=0.5), **options)
-        trainer.fit(module, make_loader(), make_loader())
-        assert trainer.callback_metrics["anchor/kl"] >= 0
-        _assert_clean(module)
+class Tunable:
+    """Has what the finders change."""
+
+    lr, batch_size, make_batches = 0.05, 2, None
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+    def train_dataloader(self):
+        return make_loader(self.make_batches(30, n_bags=self.batch_size))
+
+    def val_dataloader(self):
+        return self.train_dataloader()
+
+
+def _tunable(subject, **tuned):
+    module = seeded_module(subject.variant(Tunable), dropout=0.0)
+    module.make_batches = subject.batches
+    for name, value in tuned.items():
+        setattr(module, name, value)
+    return module
+
+
+def _tune(finder, trainer, module):
+    if finder == "lr":
+        Tuner(trainer).lr_find(module, num_training=20, max_lr=0.5)
+    else:
+        Tuner(trainer).scale_batch_size(module, max_trials=2, steps_per_trial=2)
+
+
+def _assert_fit_without_finder(folder, subject, finder, trainer, callback):
+    """The fit that is over equals one that was given the value the finder has found."""
+    module = trainer.lightning_module
+    known = _tunable(subject, **{finder: getattr(module, finder)})
+    again = AnchorCallback(subject.site, weight=0.5, decay=0.9)
+    other = make_trainer(folder, again, max_epochs=1)
+    other.fit(known)
+    assert_equal_states(parameters_of(known), parameters_of(module))
+    assert_equal_states(again.state_dict()["anchor"], callback.state_dict()["anchor"])
+    assert other.callback_metrics["anchor/kl"] == trainer.callback_metrics["anchor/kl"]
+
+
+# The finders' own: an early stop of the search, a scheduler without a step, files they clean up.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("finder", ["lr", "batch_size"])
+def test_finder__before_fit__leaves_a_fit_that_knows_nothing_of_it(tmp_path, subject, finder):
+    module = _tunable(subject)
+    callback = AnchorCallback(subject.site, weight=0.5, decay=0.9)
+    trainer = make_trainer(tmp_path, callback, max_epochs=1)
+    before = parameters_of(module)
+    _tune(finder, trainer, module)
+    assert_equal_states(before, parameters_of(module))
+    assert_clean(module)
+    assert getattr(module, finder) != getattr(Tunable, finder)
+
+    trainer.fit(module)
+
+    _assert_fit_without_finder(tmp_path, subject, finder, trainer, callback)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_learning_rate_finder__before_fit__leaves_model_and_plugin_ready(tmp_path):
-    class Tunable(TinyModule):
-        lr = 0.05
+@pytest.mark.parametrize("finder", ["lr", "batch_size"])
+def test_finder__as_a_callback_beside_the_plugin__changes_its_value_only(tmp_path, subject, finder):
+    module = _tunable(subject)
+    callback = AnchorCallback(subject.site, weight=0.5, decay=0.9)
+    searching = (
+        LearningRateFinder(num_training_steps=20, max_lr=0.5)
+        if finder == "lr"
+        else BatchSizeFinder(max_trials=2, steps_per_trial=2)
+    )
+    trainer = make_trainer(tmp_path, searching, callback, max_epochs=1)
 
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), lr=self.lr)
+    trainer.fit(module)
 
-    module = seeded_module(Tunable)
-    callback = AnchorCallback(BLOCK, weight=0.5, decay=0.9)
-    trainer = make_trainer(tmp_path, callback, max_epochs=3)
-    before = parameters_of(module)
-
-    Tuner(trainer).lr_find(module, make_loader(make_batches(30)), num_training=20, max_lr=0.5)
-
-    assert_equal_states(before, parameters_of(module))
-    _assert_clean(module)
-    trainer.fit(module, make_loader())
-    assert not torch.equal(callback.state_dict()["anchor"]["0.weight"], before[f"{BLOCK}.0.weight"])
+    assert getattr(module, finder) != getattr(Tunable, finder)
+    _assert_fit_without_finder(tmp_path, subject, finder, trainer, callback)
 
 
-@pytest.mark.parametrize("compiled", ["module", "model", "block"])
+# Dynamo looks at .grad of an intermediate tensor itself.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_compile__anything__trains_like_the_plain_module(tmp_path, compiled):
-    trained = []
-    for compile_it in (False, True):
-        module = seeded_module(dropout=0.0)
-        fitted = module
-        if compile_it and compiled == "module":
-            fitted = torch.compile(module, backend="eager")
-        elif compile_it:
-            part = module.net if compiled == "model" else module.net.attention
-            part.compile(backend="eager")
-        callback = AnchorCallback(BLOCK, weight=0.5, decay=0.9)
-        make_trainer(tmp_path, callback).fit(fitted, make_loader())
-        trained.append(parameters_of(module) | callback.state_dict()["anchor"])
-        torch.compiler.reset()
+@pytest.mark.parametrize("compiled", ["module", "model", "forward", "block"])
+def test_compile__anything__trains_like_the_plain_module(tmp_path, subject, compiled):
+    plain, module = (seeded_module(subject.module, dropout=0.0) for _ in range(2))
+    fitted = module
+    if compiled == "module":
+        fitted = torch.compile(module, backend="eager")
+    elif compiled == "forward":  # of a model whose own loss calls its forward, not the model
+        model = module.get_submodule(subject.path)
+        model.forward = torch.compile(model.forward, backend="eager")
+    else:
+        part = subject.path if compiled == "model" else subject.block
+        module.get_submodule(part).compile(backend="eager")
+    callback = AnchorCallback(subject.site, weight=0.5, decay=0.9)
 
-    assert_equal_states(*trained)
+    make_trainer(tmp_path, callback).fit(fitted, make_loader(subject.batches()))
+    torch.compiler.reset()
 
-
-def test_checkpoint__of_a_run_with_the_plugin__loads_strictly_into_the_bare_module(tmp_path):
-    trainer = make_trainer(tmp_path, AnchorCallback(BLOCK, weight=0.5))
-    module = seeded_module()
-    trainer.fit(module, make_loader())
-    for weights_only in (False, True):
-        trainer.save_checkpoint(tmp_path / "end.ckpt", weights_only=weights_only)
-        bare = TinyModule()
-        bare.load_state_dict(torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"])
-        assert_equal_states(parameters_of(bare), parameters_of(module))
+    assert_equal_states(
+        _fit(subject, plain, tmp_path), parameters_of(module) | callback.state_dict()["anchor"]
+    )

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -212,12 +213,18 @@ def test_monitor__padding_that_changes_between_epochs__leaves_the_jsd(tmp_path):
     assert [row.jsd is None for row in read_attention(tmp_path / "attention.csv")] == [True, False]
 
 
-def test_monitor__block_that_is_called_twice__is_refused(tmp_path):
+def test_monitor__block_that_is_called_twice__is_refused_or_not_monitored(tmp_path):
     class Twice(TinyModule):
         def loss(self, batch):
             return super().loss(batch) + super().loss(batch)
 
-    with pytest.raises(ValueError, match="one attention per bag, but the attention block gave 4"):
+    message = "one attention per bag, but the attention block gave 4"
+    with pytest.raises(MisconfigurationException, match=message):
         make_trainer(tmp_path, AttentionMonitor(BLOCK)).fit(
             seeded_module(Twice), make_loader(), make_loader()
         )
+    with pytest.warns(UserWarning, match=message):
+        make_trainer(tmp_path, AttentionMonitor(BLOCK, strict=False)).fit(
+            seeded_module(Twice), make_loader(), make_loader()
+        )
+    assert read_attention(tmp_path / "attention.csv") == []

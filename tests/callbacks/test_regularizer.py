@@ -1,3 +1,5 @@
+"""What every plug-in shares: its term in the loss, and what it leaves alone."""
+
 import copy
 import gc
 import pickle
@@ -6,22 +8,17 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
-from torch import nn
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from mil_anchor import AnchorCallback, AttentionRegularizer, AttentionSite
+from mil_anchor import AnchorCallback, AttentionRegularizer
 from mil_anchor.attention import softmax
 from tests.callbacks.tiny import (
-    TinyModule,
     assert_equal_states,
-    make_batches,
     make_loader,
     make_trainer,
     parameters_of,
     seeded_module,
 )
-
-BLOCK = "net.attention"
 
 
 class Ceiling(AttentionRegularizer):
@@ -34,25 +31,28 @@ class Ceiling(AttentionRegularizer):
         return {"ceiling/largest": penalty}
 
 
-def test_regularizer__plugin_of_ten_lines__acts_on_the_training(tmp_path):
+def test_regularizer__plugin_of_ten_lines__acts_on_the_training(tmp_path, subject):
     largest = {}
     for weight in (0.0, 20.0):
-        plugin = Ceiling(BLOCK, weight=weight)
+        plugin = Ceiling(subject.site, weight=weight)
         trainer = make_trainer(tmp_path, plugin, max_epochs=10)
-        trainer.fit(seeded_module(dropout=0.0), make_loader())
+        module = seeded_module(subject.module, dropout=0.0)
+        trainer.fit(module, make_loader(subject.batches()))
         largest[weight] = trainer.callback_metrics["ceiling/largest"].item()
 
     assert largest[20.0] < largest[0.0] - 0.1
 
 
-def test_regularizer__two_plugins_on_one_block__add_up_in_any_order(tmp_path):
+def test_regularizer__two_plugins_on_one_block__add_up_in_any_order(tmp_path, subject):
     trained = []
     for order in (1, -1):
-        plugins = [Ceiling(BLOCK, weight=0.3), AnchorCallback(BLOCK, weight=0.5, decay=0.9)][
-            ::order
-        ]
-        module = seeded_module(dropout=0.0)
-        make_trainer(tmp_path, *plugins, precision="64-true").fit(module, make_loader())
+        plugins = [
+            Ceiling(subject.site, weight=0.3),
+            AnchorCallback(subject.site, weight=0.5, decay=0.9),
+        ][::order]
+        module = seeded_module(subject.module, dropout=0.0)
+        trainer = make_trainer(tmp_path, *plugins, precision="64-true")
+        trainer.fit(module, make_loader(subject.batches()))
         trained.append(parameters_of(module))
 
     for name, tensor in trained[0].items():
@@ -69,13 +69,16 @@ class MidFit(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.seen.append(self.look(pl_module))
 
+    def on_validation_end(self, trainer, pl_module):
+        self.seen.append(self.look(pl_module))
+
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_regularizer__copy_of_the_module_in_mid_fit__is_a_plain_module(tmp_path, copied):
-    batch = make_batches(1)[0]
-    module = seeded_module(dropout=0.0)
+def test_regularizer__copy_of_the_module_in_mid_fit__is_a_plain_module(tmp_path, subject, copied):
+    batch = subject.batches(1)[0]
+    module, undisturbed = (seeded_module(subject.module, dropout=0.0) for _ in range(2))
     keys = list(module.state_dict())
-    plugin = AnchorCallback(BLOCK, weight=0.5)
+    plugin = AnchorCallback(subject.site, weight=0.5)
 
     def look(online):
         twin = copied(online)
@@ -84,281 +87,113 @@ def test_regularizer__copy_of_the_module_in_mid_fit__is_a_plain_module(tmp_path,
         assert list(online.state_dict()) == list(twin.state_dict()) == keys
         assert torch.equal(loss, online.loss(batch))
         assert twin.training_step.__self__ is twin
-        assert not plugin.has_recorded
 
     watch = MidFit(look)
-    make_trainer(tmp_path, plugin, watch).fit(module, make_loader())
+    loader = make_loader(subject.batches())
+    make_trainer(tmp_path, plugin, watch).fit(module, loader)
 
     assert len(watch.seen) == 12
+    make_trainer(tmp_path, AnchorCallback(subject.site, weight=0.5)).fit(undisturbed, loader)
+    assert_equal_states(parameters_of(module), parameters_of(undisturbed))
 
 
-def test_regularizer__after_each_step__keeps_no_tensor_with_a_graph(tmp_path):
-    plugin = AnchorCallback(BLOCK, weight=0.5)
+def test_regularizer__validation_step_that_calls_the_training_step__trains_as_without(
+    tmp_path, subject
+):
+    class ValidatesByTraining:
+        def validation_step(self, batch, batch_idx):
+            self.training_step(batch, batch_idx)
 
+    trained = []
+    for limit in (0, 2):
+        module = seeded_module(subject.variant(ValidatesByTraining), dropout=0.0)
+        plugin = AnchorCallback(subject.site, weight=0.5, decay=0.9)
+        trainer = make_trainer(
+            tmp_path, plugin, limit_val_batches=limit, num_sanity_val_steps=limit
+        )
+        loader = make_loader(subject.batches())
+        trainer.fit(module, loader, loader)
+        trained.append(parameters_of(module) | plugin.state_dict()["anchor"])
+
+    assert_equal_states(*trained)
+
+
+class ValidatesWithGradients:
+    """Takes gradients while it validates, as attribution methods do."""
+
+    def validation_step(self, batch, batch_idx):
+        with torch.enable_grad():
+            self.loss(batch).backward()
+        self.zero_grad()
+
+
+@pytest.fixture
+def only_new_objects():
+    """What exists already is hidden from the garbage collector, which makes it fast."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("only_new_objects")
+def test_regularizer__after_each_step__keeps_no_tensor_with_a_graph(tmp_path, subject):
     def look(online):
-        assert not plugin.has_recorded
         gc.collect()
         return sum(
             issubclass(type(o), torch.Tensor) and o.grad_fn is not None for o in gc.get_objects()
         )
 
-    watch = MidFit(look)
-    make_trainer(tmp_path, plugin, watch, max_epochs=3).fit(seeded_module(), make_loader())
+    graphs = []
+    loader = make_loader(subject.batches(2))
+    for plugins in ([], [AnchorCallback(subject.site, weight=0.5)]):
+        watch = MidFit(look)
+        trainer = make_trainer(tmp_path, *plugins, watch, val_check_interval=1, max_epochs=1)
+        module = seeded_module(subject.variant(ValidatesWithGradients))
+        trainer.fit(module, loader, loader)
+        graphs.append(watch.seen)
 
-    assert len(set(watch.seen[3:])) == 1
+    assert len(graphs[0]) == 4
+    assert graphs[0] == graphs[1]
 
 
-def test_regularizer__validation_inside_training__records_nothing(tmp_path):
+def test_regularizer__validation_inside_training__records_nothing(tmp_path, subject):
     calls = []
 
     class Counting(Ceiling):
         def penalty(self, attention):
-            calls.append((attention.scores.requires_grad, attention.args[0].requires_grad))
+            calls.append(attention.scores.requires_grad)
             return super().penalty(attention)
 
-    trainer = make_trainer(tmp_path, Counting(BLOCK, weight=0.1), val_check_interval=2)
-    trainer.fit(seeded_module(), make_loader(), make_loader())
+    trainer = make_trainer(tmp_path, Counting(subject.site, weight=0.1), val_check_interval=2)
+    loader = make_loader(subject.batches())
+    trainer.fit(seeded_module(subject.module), loader, loader)
 
-    # The penalty acts through the scores, never through the block's inputs.
-    assert calls == [(True, False)] * 12
-
-
-def test_regularizer__scores_masked_in_place_by_the_model__are_kept_as_they_were(tmp_path):
-    class InPlace(TinyModule):
-        def loss(self, batch):
-            hidden = self.net.encoder(batch["features"])
-            scores = self.net.attention(hidden)
-            scores[:, 0] = -1e9
-            return self.net.head(torch.softmax(scores, 1).transpose(1, 2) @ hidden).square().mean()
-
-    seen = []
-
-    class Looking(Ceiling):
-        def penalty(self, attention):
-            seen.append(attention.scores.min().item())
-            return super().penalty(attention)
-
-    make_trainer(tmp_path, Looking(BLOCK, weight=0.1)).fit(seeded_module(InPlace), make_loader())
-
-    assert min(seen) > -1e8
+    assert calls == [True] * 12
 
 
-def test_regularizer__input_changed_in_place_after_the_block__is_refused(tmp_path):
-    class Changing(TinyModule):
-        def loss(self, batch):
-            features = batch["features"].clone()
-            scores = self.net.attention(self.net.encoder(features).detach().mul_(1))
-            hidden = self.net.encoder(features)
-            self.net.attention(hidden.detach_())
-            hidden.add_(1)
-            return scores.sum()
-
-    with pytest.raises(RuntimeError, match="has changed them in place"):
-        make_trainer(tmp_path, AnchorCallback(BLOCK)).fit(seeded_module(Changing), make_loader())
-
-
-class Padded(TinyModule):
-    """Sees padded batches and masks its softmax; the mask does not reach the block."""
-
-    def loss(self, batch):
-        hidden = self.net.encoder(batch["features"])
-        scores = self.net.attention(hidden).masked_fill(~batch["mask"][..., None], -torch.inf)
-        pooled = torch.softmax(scores, dim=1).transpose(1, 2) @ hidden
-        return nn.functional.cross_entropy(self.net.head(pooled.mean(1)), batch["label"])
-
-
-def _padded_batches(n_padding):
-    batches = make_batches()
-    for batch in batches:
-        n_bags, n_instances, width = batch["features"].shape
-        padding = torch.full((n_bags, n_padding, width), 9.0)
-        batch["features"] = torch.cat([batch["features"], padding], dim=1)
-        batch["mask"] = (torch.arange(n_instances + n_padding) < n_instances).expand(n_bags, -1)
-    return batches
-
-
-def test_regularizer__padding_in_the_batch__changes_nothing(tmp_path):
+def test_regularizer__validation_with_gradients_inside_training__changes_nothing(tmp_path, subject):
     trained = []
-    for n_padding in (0, 7):
-        module = seeded_module(Padded, dropout=0.0)
-        callback = AnchorCallback(BLOCK, weight=2.0, decay=0.9)
-        make_trainer(tmp_path, callback, precision="64-true").fit(
-            module, make_loader(_padded_batches(n_padding))
+    for limit in (0, 2):
+        module = seeded_module(subject.variant(ValidatesWithGradients), dropout=0.0)
+        plugin = AnchorCallback(subject.site, weight=0.5, decay=0.9)
+        trainer = make_trainer(
+            tmp_path, plugin, val_check_interval=2, limit_val_batches=limit, inference_mode=False
         )
-        trained.append(parameters_of(module))
-
-    for name, tensor in trained[0].items():
-        assert torch.allclose(tensor, trained[1][name], atol=1e-12), name
-
-
-def test_regularizer__mask_with_a_trailing_axis__is_read_and_any_other_is_refused(tmp_path):
-    divergences = []
-    for reshape in (lambda mask: mask, lambda mask: mask[..., None], lambda mask: mask.float()):
-        batches = _padded_batches(4)
-        plugin = AnchorCallback(BLOCK, weight=0.0)
-
-        class Module(Padded):
-            def loss(self, batch):
-                return super().loss({**batch, "mask": batch["mask"].reshape(2, -1) > 0})
-
-        loader = make_loader([{**batch, "mask": reshape(batch["mask"])} for batch in batches])
-        trainer = make_trainer(tmp_path, plugin, max_epochs=1)
-        trainer.fit(seeded_module(Module, dropout=0.0), loader)
-        divergences.append(trainer.callback_metrics["anchor/kl"].item())
-    assert divergences[0] == divergences[1] == divergences[2]
-
-    flat = make_loader([{**batch, "mask": batch["mask"].flatten()} for batch in batches])
-    with pytest.raises(ValueError, match=r"mask must have the shape \(bag, instance\)"):
-        make_trainer(tmp_path, AnchorCallback(BLOCK)).fit(seeded_module(Module), flat)
-
-
-class Flattening(TinyModule):
-    """Calls its block on the instances of all bags as one list."""
-
-    def loss(self, batch):
-        hidden = self.net.encoder(batch["features"])
-        scores = self.net.attention(hidden.flatten(0, 1)).reshape(*hidden.shape[:2], 2)
-        pooled = torch.softmax(scores, dim=1).transpose(1, 2) @ hidden
-        return nn.functional.cross_entropy(self.net.head(pooled.mean(1)), batch["label"])
-
-
-class NotFlattening(Flattening):
-    def loss(self, batch):
-        hidden = self.net.encoder(batch["features"])
-        pooled = torch.softmax(self.net.attention(hidden), dim=1).transpose(1, 2) @ hidden
-        return nn.functional.cross_entropy(self.net.head(pooled.mean(1)), batch["label"])
-
-
-def test_regularizer__flattened_bags__need_a_layout_and_then_give_the_same(tmp_path):
-    with pytest.raises(ValueError, match="gives 1 bags for a batch of 2"):
-        make_trainer(tmp_path, AnchorCallback(BLOCK)).fit(seeded_module(Flattening), make_loader())
-
-    # Nor does a first batch of one bag, which is no list of several, let the next ones pass.
-    batches = [*make_batches(1, n_bags=1), *make_batches(1)]
-    with pytest.raises(ValueError, match="gives 1 bags for a batch of 2"):
-        make_trainer(tmp_path, AnchorCallback(BLOCK)).fit(
-            seeded_module(Flattening), make_loader(batches)
-        )
-
-    divergences = []
-    for cls, layout in ((Flattening, "(b n) r"), (NotFlattening, "b n r")):
-        plugin = AnchorCallback(AttentionSite(BLOCK, layout=layout), weight=0.0)
-        trainer = make_trainer(tmp_path, plugin, max_epochs=1)
-        trainer.fit(seeded_module(cls, dropout=0.0), make_loader())
-        divergences.append(trainer.callback_metrics["anchor/kl"].item())
-    assert divergences[0] == pytest.approx(divergences[1], rel=1e-5)
-
-
-def test_regularizer__block_called_twice__averages_over_both_calls(tmp_path):
-    class Twice(NotFlattening):
-        def loss(self, batch):
-            return (super().loss(batch) + super().loss(batch)) / 2
-
-    divergences = []
-    for cls in (NotFlattening, Twice):
-        trainer = make_trainer(tmp_path, AnchorCallback(BLOCK, weight=0.5), max_epochs=1)
-        trainer.fit(seeded_module(cls, dropout=0.0), make_loader())
-        divergences.append(trainer.callback_metrics["anchor/kl"].item())
-
-    assert divergences[0] == pytest.approx(divergences[1], rel=1e-4)
-
-
-def test_regularizer__bag_as_large_as_the_number_of_rows__is_read_like_the_others(tmp_path):
-    batches = [*make_batches(2), *make_batches(2, n_instances=2)]
-    trainer = make_trainer(tmp_path, AnchorCallback(BLOCK, weight=0.1), max_epochs=1)
-
-    trainer.fit(seeded_module(), make_loader(batches))
-
-    assert trainer.callback_metrics["anchor/kl"] >= 0
-
-
-def test_regularizer__bad_score__is_reported_with_the_bags_of_the_batch(tmp_path):
-    batches = make_batches(1)
-    batches[0]["features"][1, 0, 0] = torch.nan
-
-    with pytest.raises(ValueError, match=r"of bags \['bag0_0', 'bag0_1'\]: Raw scores"):
-        make_trainer(tmp_path, AnchorCallback(BLOCK)).fit(seeded_module(), make_loader(batches))
-
-
-def test_regularizer__model_that_takes_bags_one_by_one__is_measured_without_padding(tmp_path):
-    class OneByOne(Padded):
-        def loss(self, batch):
-            return sum(
-                super(OneByOne, self).loss(
-                    {
-                        "features": features[None, real],
-                        "mask": torch.ones(1, int(real.sum()), dtype=torch.bool),
-                        "label": label[None],
-                    }
-                )
-                for features, real, label in zip(
-                    batch["features"], batch["mask"], batch["label"], strict=True
-                )
-            ) / len(batch["label"])
-
-    trained = []
-    for cls in (Padded, OneByOne):
-        module = seeded_module(cls, dropout=0.0)
-        callback = AnchorCallback(BLOCK, weight=2.0, decay=0.9)
-        make_trainer(tmp_path, callback, precision="64-true").fit(
-            module, make_loader(_padded_batches(3))
-        )
-        trained.append(parameters_of(module))
-
-    for name, tensor in trained[0].items():
-        assert torch.allclose(tensor, trained[1][name], atol=1e-12), name
-
-
-def test_regularizer__scores_that_do_not_cover_the_padded_batch__are_refused(tmp_path):
-    class Cropping(Padded):
-        def loss(self, batch):
-            crop = {"features": batch["features"][:, 1:], "mask": batch["mask"][:, 1:]}
-            return super().loss({**batch, **crop})
-
-    with pytest.raises(ValueError, match=r"mask is \(2, 8\) and the calls have .* \[\(2, 7\)\]"):
-        make_trainer(tmp_path, AnchorCallback(BLOCK)).fit(
-            seeded_module(Cropping), make_loader(_padded_batches(3))
-        )
-
-
-def test_regularizer__sharded_strategy__is_refused(tmp_path, monkeypatch):
-    # A real one needs CUDA; only its type matters.
-    trainer = make_trainer(tmp_path)
-    monkeypatch.setattr(Trainer, "strategy", object.__new__(FSDPStrategy))
-
-    with pytest.raises(MisconfigurationException, match="FSDPStrategy shards them"):
-        AnchorCallback(BLOCK).setup(trainer, seeded_module(), "fit")
-
-
-# Dynamo looks at .grad of an intermediate tensor itself.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_regularizer__compiled_model__trains_like_the_plain_one(tmp_path):
-    trained = []
-    for compiled in (False, True):
-        module = seeded_module(dropout=0.0)
-        if compiled:
-            module.net.compile(backend="eager")
-        make_trainer(tmp_path, AnchorCallback(BLOCK, weight=0.5)).fit(module, make_loader())
-        trained.append(parameters_of(module))
-    torch.compiler.reset()
+        loader = make_loader(subject.batches())
+        trainer.fit(module, loader, loader)
+        trained.append(parameters_of(module) | plugin.state_dict()["anchor"])
 
     assert_equal_states(*trained)
 
 
-def test_regularizer__probabilities_of_a_tuple_output__can_be_picked(tmp_path):
-    class Tuple(nn.Linear):
-        def forward(self, features):
-            return {"scores": super().forward(features), "features": features}
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+def test_regularizer__sharded_strategy__is_refused(tmp_path, monkeypatch, subject, strategy):
+    # A real one needs CUDA or another package; only its type matters.
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(Trainer, "strategy", object.__new__(strategy))
+    plugin = AnchorCallback(subject.site)
 
-    class Module(TinyModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = Tuple(4, 1)
-
-        def loss(self, batch):
-            return (torch.softmax(self.block(batch["features"])["scores"], 1) ** 2).sum()
-
-    site = AttentionSite("block", layout="b n r", output="scores")
-    make_trainer(tmp_path, AnchorCallback(site)).fit(seeded_module(Module), make_loader())
-    with pytest.raises(ValueError, match="a mapping with keys"):
-        make_trainer(tmp_path, AnchorCallback("block")).fit(seeded_module(Module), make_loader())
+    with pytest.raises(
+        MisconfigurationException, match=rf"{strategy.__name__} shards them\. Use strategy='ddp'"
+    ):
+        plugin.setup(trainer, subject.module(), "fit")

@@ -1,6 +1,4 @@
-"""Tiny models and data that the callback tests share, and the method written out by hand."""
-
-import copy
+"""A tiny model, its data and its Trainer, which the callback tests share."""
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -27,16 +25,12 @@ class TinyMIL(nn.Module):
         return self.head(torch.einsum("bnr,bnh->bh", weights, hidden) / 2)
 
 
-class TinyModule(LightningModule):
-    """Automatic optimisation; `returns` chooses what training_step gives back."""
+class Recipe(LightningModule):
+    """How the tests train: a subclass has a `loss`; `returns` is what training_step gives back."""
 
-    def __init__(self, *, returns="tensor", dropout=0.3) -> None:
+    def __init__(self, *, returns="tensor") -> None:
         super().__init__()
-        self.net = TinyMIL(dropout)
         self.returns = returns
-
-    def loss(self, batch):
-        return nn.functional.cross_entropy(self.net(batch["features"]), batch["label"])
 
     def training_step(self, batch, batch_idx):
         loss = self.loss(batch)
@@ -54,6 +48,17 @@ class TinyModule(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.05)
+
+
+class TinyModule(Recipe):
+    """Trains the tiny model."""
+
+    def __init__(self, *, dropout=0.3, **options) -> None:
+        super().__init__(**options)
+        self.net = TinyMIL(dropout)
+
+    def loss(self, batch):
+        return nn.functional.cross_entropy(self.net(batch["features"]), batch["label"])
 
 
 def seeded_module(cls=TinyModule, **options):
@@ -105,53 +110,10 @@ def assert_equal_states(one, other):
         assert torch.equal(one[name], other[name]), name
 
 
-def hand_written_penalty(module, anchor, features, target):
-    """KL(target(anchor scores) ‖ softmax(online scores)) from the formulas, without our code."""
-    hidden = module.net.encoder(features)
-    online = torch.softmax(module.net.attention(hidden).transpose(1, 2), dim=-1)
-    with torch.no_grad():
-        raw = anchor(hidden).transpose(1, 2)
-        weights = 1 / (1 + torch.exp(-raw)) if target == "nsf" else torch.exp(raw)
-        held = weights / weights.sum(dim=-1, keepdim=True)
-    return (held * (held / online).log()).sum(dim=-1).mean()
-
-
-def hand_written_fit(module, batches, *, weight, decay, target="nsf", **how):
-    """The whole method as a plain loop in float64: epochs, accumulate, clip, per_epoch.
-
-    A batch may be a tuple with one batch for each process. Returns the anchor, the mean penalty of
-    the last epoch, and the module it trained.
-    """
-    accumulate, clip = how.get("accumulate", 1), how.get("clip")
-    module = copy.deepcopy(module).double()
-    anchor = copy.deepcopy(module.net.attention).eval()
-    optimizer = module.configure_optimizers()
-
-    def follow():
-        with torch.no_grad():
-            for mirrored, online in zip(
-                anchor.parameters(), module.net.attention.parameters(), strict=True
-            ):
-                mirrored.mul_(decay).add_(online, alpha=1 - decay)
-
-    penalties = []
-    for _ in range(how.get("epochs", 2)):
-        penalties = []
-        for index, batch in enumerate(batches):
-            of_ranks = batch if isinstance(batch, tuple) else (batch,)
-            for own in of_ranks:
-                features = own["features"].double()
-                loss = nn.functional.cross_entropy(module.net(features), own["label"])
-                penalty = hand_written_penalty(module, anchor, features, target)
-                penalties.append(penalty.item())
-                ((loss + weight * penalty) / accumulate / len(of_ranks)).backward()
-            if (index + 1) % accumulate == 0 or index + 1 == len(batches):
-                if clip is not None:
-                    torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
-                optimizer.step()
-                optimizer.zero_grad()
-                if not how.get("per_epoch"):
-                    follow()
-        if how.get("per_epoch"):
-            follow()
-    return anchor, sum(penalties) / len(penalties), module
+def assert_clean(module):
+    """No method of an instance and no hook is left on the module."""
+    assert "training_step" not in vars(module)
+    assert "manual_backward" not in vars(module)
+    for part in module.modules():
+        assert not part._forward_hooks
+        assert not part._forward_pre_hooks
