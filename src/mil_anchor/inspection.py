@@ -1,0 +1,197 @@
+"""Inspects a model: where its attention is, what the anchor would mirror, and whether it is so."""
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mil_anchor.callbacks.recorder import AttentionRecorder
+from mil_anchor.callbacks.watch import StepWatch
+from mil_anchor.sites.base import Site
+from mil_anchor.sites.discovery import discover
+from mil_anchor.sites.proof import find_difference, is_provable
+from mil_anchor.sites.registry import known_site
+
+# What constructors call the width of the features, and the number of classes.
+_WIDTHS = ("in_features", "in_dim", "input_dim", "input_size", "embed_dim", "n_feats", "d_in")
+_CLASSES = ("n_classes", "num_classes", "n_class", "n_out", "output_class")
+# What models raise on a bag of a form that they do not take.
+_WRONG_FORM = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+)
+
+
+class Inspection(NamedTuple):
+    """What is known of a model's attention after one training forward.
+
+    Args:
+        site: Where the attention is, seen from the model.
+        known: Whether the model's class told it; otherwise it was found in what the model ran.
+        difference: What differs between the scores and what the model's softmax got; None if
+            nothing does.
+        provable: Whether the model runs a softmax that the scores can be compared with.
+        block: The module that the anchor mirrors.
+        n_rows: Rows (heads, class branches) of each distribution.
+        n_distributions: Distributions in one forward.
+    """
+
+    site: Site
+    known: bool
+    difference: str | None
+    provable: bool
+    block: nn.Module
+    n_rows: int
+    n_distributions: int
+
+
+def load_model(target: str, width: int) -> nn.Module:
+    """The model that a class or a function makes.
+
+    Args:
+        target: ``"package.module:name"`` of a class, of a function, or of a model.
+        width: Width of the instance features, for arguments that ask for it.
+
+    Raises:
+        ValueError: There is no such thing, or it needs arguments that only you know.
+    """
+    module_name, _, name = target.partition(":")
+    try:
+        made: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            made = getattr(made, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"The model must be named 'package.module:factory', but '{target}' cannot be imported: "
+            f"{error}."
+        ) from error
+    if callable(made) and not isinstance(made, nn.Module):
+        made = _call(made, target, width)
+    if not isinstance(made, nn.Module):
+        raise ValueError(
+            f"'{target}' must make a torch.nn.Module, but it made a {type(made).__name__}."
+        )
+    return made
+
+
+def inspect_model(model: nn.Module, *, width: int, n_instances: int = 100) -> Inspection:
+    """Run one training forward on a random bag and look at the attention.
+
+    Raises:
+        ValueError: The model cannot be called on a bag, or its attention is not found; the message
+            lists what there is.
+    """
+    model.train()
+    watch = StepWatch(model)
+    failures = []
+    try:
+        for form, args, kwargs in _attempts(model, torch.randn(1, n_instances, width)):
+            with watch:
+                try:
+                    loss = _loss(model(*args, **kwargs))
+                except _WRONG_FORM as error:
+                    failures.append(f"{form}: {type(error).__name__}: {error}")
+                    continue
+                return _look(model, watch, loss)
+    finally:
+        watch.remove()
+    raise ValueError(
+        f"{type(model).__name__} must take a bag of features, but it failed on each form tried. "
+        "Write a function that returns a model which takes (bag, instance, width). "
+        + "; ".join(failures)
+    )
+
+
+def _call(factory: Any, target: str, width: int) -> Any:
+    values = {"in_shape": (width,)} | dict.fromkeys(_WIDTHS, width) | dict.fromkeys(_CLASSES, 2)
+    parameters = inspect.signature(factory).parameters.values()
+    required = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    unknown = [name for name in required if name not in values]
+    if unknown:
+        raise ValueError(
+            f"'{target}' needs the arguments {unknown}, which inspect cannot know. Write a "
+            "function without arguments that makes the model, and name that."
+        )
+    # A width that the factory could do without is told, too: it should fit the bag.
+    wanted = {p.name for p in parameters} & {"in_shape", *_WIDTHS} | set(required)
+    return factory(**{name: values[name] for name in wanted})
+
+
+def _attempts(model: nn.Module, bag: Tensor) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """Ways to call a model on one bag."""
+    n_instances = bag.shape[1]
+    known = {
+        "mask": torch.ones(1, n_instances, dtype=torch.bool),
+        "adj": torch.eye(n_instances).unsqueeze(0),
+        "label": torch.zeros(1, dtype=torch.long),
+        "lens": torch.tensor([n_instances]),
+        "loss_fn": nn.CrossEntropyLoss(),
+    }
+    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    more = {p.name: known[p.name] for p in parameters if p.default is p.empty and p.name in known}
+    # DTFD of torchmil cannot do without the mask that it takes as optional.
+    if any(p.name == "mask" for p in parameters):
+        more["mask"] = known["mask"]
+    return [
+        ("(bag, instance, width)", (bag,), more),
+        ("(instance, width)", (bag[0],), more),
+        ("data=(bag, instance, width)", (), {"data": bag}),
+    ]
+
+
+def _loss(output: Any) -> Tensor:
+    """Some number that depends on everything the model has put out."""
+    values = [value.float().mean() for value in _differentiable(output)]
+    if not values:
+        raise TypeError("the model returned no tensor with a gradient")
+    return torch.stack(values).sum()
+
+
+def _differentiable(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.requires_grad:
+            yield output
+    elif isinstance(output, dict | list | tuple):
+        for item in output.values() if isinstance(output, dict) else output:
+            yield from _differentiable(item)
+    elif hasattr(output, "__dict__"):
+        yield from _differentiable(vars(output))
+
+
+def _look(model: nn.Module, watch: StepWatch, loss: Tensor) -> Inspection:
+    site = known_site(model)
+    known = site is not None
+    with watch.paused():
+        if site is None:
+            site = discover(model, watch.calls, watch.seen, loss=loss)
+        recorder = AttentionRecorder(model, site, only_with_grad=True)
+        try:
+            recorder.replay(watch.calls)
+            attention = recorder.look(None)
+            difference = (
+                find_difference(recorder.site, attention, watch.seen)
+                if is_provable(attention)
+                else "the block did not run"
+            )
+        finally:
+            recorder.remove()
+    return Inspection(
+        recorder.site,
+        known,
+        difference,
+        site.must_be_proven,
+        recorder.block,
+        attention[0].scores.shape[1] if attention else 0,
+        len(attention),
+    )
