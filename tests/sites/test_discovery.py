@@ -95,6 +95,27 @@ def test_discovery__no_module_owns_the_scorer__shows_candidates_and_kinds():
         assert kind in message
 
 
+def test_discovery__attention_of_products__guesses_the_kind():
+    class Encoded(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixer = nn.MultiheadAttention(6, 2, batch_first=True)
+            self.qkv = nn.Linear(6, 18)
+
+        def forward(self, features):
+            hidden = self.encoder(features)
+            mixed, _ = self.mixer(hidden, hidden, hidden)
+            return self.head((mixed + self.qkv(hidden)[..., :6])[:, 0])
+
+    with pytest.raises(ValueError, match="must be found") as error:
+        find(Encoded(), bag())
+
+    assert (
+        "perhaps AnchorCallback(MultiheadSite('mixer', class_token=True)) or "
+        "AnchorCallback(ClassTokenSite('qkv')): AttentionSite(" in str(error.value)
+    )
+
+
 def test_discovery__no_softmax_over_instances__says_so():
     class Mean(Plain):
         def forward(self, features):

@@ -88,9 +88,10 @@ class TrainingPatch:
     def remove(self, member: object) -> None:
         """Let a term or an observer, or what is both, go; the last one restores the module."""
         self._terms = [kept for kept in self._terms if kept is not member]
-        self._dismiss(member)
+        self.dismiss(member)
 
-    def _dismiss(self, observer: object) -> None:
+    def dismiss(self, observer: object) -> None:
+        """Let an observer go that has seen enough."""
         self._observers = [kept for kept in self._observers if kept is not observer]
         if not self._observers and self._watch is not None:
             self._watch.remove()
@@ -154,7 +155,7 @@ class TrainingPatch:
         with watch.paused():
             for observer in list(self._observers):
                 if observer.observe(watch, self._batch, loss):
-                    self._dismiss(observer)
+                    self.dismiss(observer)
 
     def _check_manual_step(self) -> None:
         for term in self._terms:

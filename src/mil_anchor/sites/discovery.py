@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mil_anchor.sites.base import ModuleCall, Site, find_submodule
 from mil_anchor.sites.layout import arrange, possible_layouts
 from mil_anchor.sites.normalizations import Normalization
+from mil_anchor.sites.products import ClassTokenSite, MultiheadSite
 from mil_anchor.sites.proof import MASKED
 from mil_anchor.sites.score import AttentionSite, GatedSite
 
@@ -82,8 +83,10 @@ def discover(
         if unclear
         else "no submodule's output is the argument of a softmax over instances"
     )
+    guesses = [f"AnchorCallback({site})" for site in _guesses(calls)]
     raise ValueError(
-        f"The attention of {model} must be found, but {why}. Say where it is: {KINDS}. "
+        f"The attention of {model} must be found, but {why}. Say where it is"
+        f"{', perhaps ' + ' or '.join(guesses) if guesses else ''}: {KINDS}. "
         f"Submodules that put out something for each instance: {_candidates(calls)}."
     )
 
@@ -316,6 +319,22 @@ def _has_rows_of(tap: _Tap, layout: str, n_bags: int) -> bool:
 
 def _is_inside(site: Site, other: Site) -> bool:
     return site == other or site.path.startswith(f"{other.path}.")
+
+
+def _guesses(calls: Sequence[ModuleCall]) -> list[Site]:
+    """Sites of query-key products: which submodules they can be at, though not what they mean."""
+    guesses: dict[str, Site] = {}
+    for call in calls:
+        if isinstance(call.module, nn.MultiheadAttention):
+            given = dict(zip(("query", "key"), call.args, strict=False)) | call.kwargs
+            among_each_other = given["query"].shape == given["key"].shape
+            guesses[call.name] = MultiheadSite(call.name, class_token=among_each_other)
+        elif (
+            isinstance(call.module, nn.Linear)
+            and call.module.out_features == 3 * call.module.in_features
+        ):
+            guesses[call.name] = ClassTokenSite(call.name)
+    return list(guesses.values())
 
 
 def _candidates(calls: Sequence[ModuleCall]) -> str:

@@ -1,0 +1,147 @@
+"""Does finding and proving the attention cost anything after the first training step?
+
+Fits one model five ways, interleaved: bare (twice, as a control), and with the plug-in, without its
+search and proof, or with a named block that is proven, or with one that is found and proven.
+Process CPU time of one thread; minima over rounds. Run: python -m benchmarks.first_step
+"""
+
+import argparse
+import json
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from mil_anchor import AnchorCallback, AttentionSite
+from mil_anchor.callbacks.patch import TrainingPatch
+
+SITE = AttentionSite("scorer", layout="b n r")
+
+
+class Bags(LightningModule):
+    """Textbook ABMIL, of a class that no registry knows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(width, 512), nn.ReLU())
+        self.scorer = nn.Sequential(nn.Linear(512, 128), nn.Tanh(), nn.Linear(128, 1))
+        self.head = nn.Linear(512, 2)
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        hidden = self.encoder(batch[0])
+        attention = self.scorer(hidden).softmax(dim=1)
+        logits = self.head((attention * hidden).sum(dim=1))
+        return nn.functional.cross_entropy(logits, batch[1])
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-4)
+
+
+class Clock(Callback):
+    """CPU seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    @override
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._start = time.process_time()
+
+    @override
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds.append(time.process_time() - self._start)
+
+
+class Unwatched(AnchorCallback):
+    """The plug-in without the first step's search and proof."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        TrainingPatch.of(pl_module).dismiss(self)
+
+
+VARIANTS: dict[str, Any] = {
+    "bare": list,
+    "bare again": list,
+    "plug-in, neither": lambda: [Unwatched(SITE)],
+    "plug-in, proven": lambda: [AnchorCallback(SITE)],
+    "plug-in, found": lambda: [AnchorCallback()],
+}
+
+
+def main() -> None:
+    """Time the variants and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--instances", type=int, default=2000)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    bag = (torch.randn(1, chosen.instances, chosen.width), torch.tensor([1]))
+    loader = DataLoader([bag] * chosen.steps, batch_size=None)
+    first: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    later: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for index in range(chosen.rounds):
+        for name in list(VARIANTS)[:: 1 if index % 2 else -1]:
+            clock = Clock()
+            torch.manual_seed(0)
+            trainer = Trainer(
+                max_epochs=1,
+                accelerator="cpu",
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                callbacks=[*VARIANTS[name](), clock],
+            )
+            trainer.fit(Bags(chosen.width), loader)
+            first[name].append(clock.seconds[0])
+            later[name].append(min(clock.seconds[2:]))
+    _print(first, later, chosen)
+
+
+def _print(
+    first: dict[str, list[float]], later: dict[str, list[float]], chosen: argparse.Namespace
+) -> None:
+    table = Table("variant", "first step (ms)", "later steps (ms)", "later / bare")
+    bare = min(later["bare"])
+    rows = {
+        name: {
+            "first_ms": 1000 * min(first[name]),
+            "later_ms": 1000 * min(later[name]),
+            "ratio": min(later[name]) / bare,
+        }
+        for name in VARIANTS
+    }
+    for name, row in rows.items():
+        table.add_row(name, *(f"{value:.3g}" for value in row.values()))
+    Console().print(table)
+    result = {
+        "torch": torch.__version__,
+        "instances": chosen.instances,
+        "width": chosen.width,
+        "variants": rows,
+    }
+    if chosen.json is not None:
+        chosen.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
