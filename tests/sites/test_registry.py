@@ -3,7 +3,7 @@ from torch import nn
 
 from mil_anchor import AttentionSite, GatedSite, find_site, register_site
 from mil_anchor.sites.known import KNOWN_MODELS
-from mil_anchor.sites.registry import known_site
+from mil_anchor.sites.registry import as_site, known_site
 
 
 class Known(nn.Module):
@@ -94,3 +94,24 @@ def test_known_models__of_the_promised_libraries__are_in_the_table():
     for repository in ("ABMIL (official)", "ACMIL", "AEM"):
         assert repository in sources
     assert len({(k.name, k.when, str(k.site)) for k in KNOWN_MODELS}) == len(KNOWN_MODELS)
+
+
+def test_known_site__several_of_a_bare_name__tell_nothing():
+    register_site("Wrapper", AttentionSite("inner.attention"))
+    models = [Wrapper(), Wrapper()]
+    for model in models:
+        model.inner["attention"] = nn.Linear(1, 1)
+
+    assert known_site(nn.ModuleList(models[:1])) == AttentionSite("0.inner.attention")
+    assert known_site(nn.ModuleList(models)) is None
+    # A class that is registered with its package goes first.
+    assert known_site(nn.ModuleList([*models, Known()])) == AttentionSite(
+        "2.layers.-1", layout="b n r"
+    )
+
+
+@pytest.mark.parametrize("site", [{"block": "a"}, 3, AttentionSite])
+def test_as_site__neither_path_nor_site__is_refused(site):
+    with pytest.raises(TypeError, match=r"must be a path, such as .* but got"):
+        as_site(site)
+    assert as_site("a.b") == AttentionSite("a.b")

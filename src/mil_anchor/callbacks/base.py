@@ -34,6 +34,8 @@ class AttentionCallback(Callback, ABC):
     _only_with_grad: bool
 
     def __init__(self, site: Site | str | None, *, strict: bool = True) -> None:
+        if site is not None:
+            as_site(site)  # now, and not when the fit has begun
         self.site = site
         self.strict = strict
         self._recorder: AttentionRecorder | None = None

@@ -28,24 +28,29 @@ def register_site(name: str, site: Site, *, when: str = "") -> None:
 def known_site(model: nn.Module) -> Site | None:
     """The site of a registered model, which may sit anywhere inside this module; None: unknown.
 
+    A class that is registered with its package goes before one that only has a known name; several
+    of the latter tell nothing.
+
     Raises:
-        ValueError: Several submodules are of registered classes.
+        ValueError: Several submodules are of classes that are registered with their package.
     """
-    found: dict[str, Site] = {}
+    certain: dict[str, Site] = {}
+    guessed: dict[str, Site] = {}
     for prefix, module in model.named_modules():
         # A part of a model that is found itself is no second model.
-        if any(prefix.startswith(f"{outer}.") or outer == "" for outer in found):
+        if any(prefix.startswith(f"{outer}.") or outer == "" for outer in (*certain, *guessed)):
             continue
-        site = _lookup(module)
+        name, site = _lookup(module)
         if site is not None:
-            found[prefix] = site.within(prefix)
-    if len(found) > 1:
-        lines = [f"AnchorCallback({site})" for site in found.values()]
+            (certain if "." in name else guessed)[prefix] = site.within(prefix)
+    if len(certain) > 1:
+        lines = [f"AnchorCallback({site})" for site in certain.values()]
         raise ValueError(
             f"One attention block must be meant, but {type(model).__name__} holds several known "
             f"models. Name one: {' or '.join(lines)}."
         )
-    return next(iter(found.values()), None)
+    sites = list((certain or guessed).values())
+    return sites[0] if len(sites) == 1 else None
 
 
 def find_site(model: nn.Module) -> Site:
@@ -68,9 +73,20 @@ def find_site(model: nn.Module) -> Site:
     return site
 
 
-def as_site(site: Site | str) -> Site:
-    """A user's site: a string is a path."""
-    return AttentionSite(site) if isinstance(site, str) else site
+def as_site(site: object) -> Site:
+    """A user's site: a string is a path.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(site, str):
+        return AttentionSite(site)
+    if not isinstance(site, Site):
+        raise TypeError(
+            "A site must be a path, such as 'net.attention', or a Site, such as "
+            f"AttentionSite('net.attention', layout='b n r'), but got {site!r}."
+        )
+    return site
 
 
 def likely_blocks(model: nn.Module) -> str:
@@ -88,14 +104,15 @@ def likely_blocks(model: nn.Module) -> str:
     return ", ".join((likely or paths)[:20]) or "none with parameters"
 
 
-def _lookup(module: nn.Module) -> Site | None:
+def _lookup(module: nn.Module) -> tuple[str, Site | None]:
+    """The name under which a module's class is registered, and its site."""
     for cls in type(module).__mro__:
         for name in (f"{cls.__module__}.{cls.__qualname__}", cls.__name__):
             for site, when in _REGISTRY.get(name, []):
                 copied = "." not in name
                 if _holds(module, when) and (not copied or site.exists_in(module)):
-                    return site
-    return None
+                    return name, site
+    return "", None
 
 
 def _holds(module: nn.Module, when: str) -> bool:
