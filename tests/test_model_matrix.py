@@ -14,7 +14,7 @@ from mil_anchor.callbacks.watch import StepWatch
 from mil_anchor.sites.discovery import discover
 from mil_anchor.sites.proof import find_difference
 from mil_anchor.sites.registry import known_site
-from tests.callbacks.tiny import make_loader, make_trainer
+from tests.callbacks.tiny import assert_equal_states, make_loader, make_trainer
 from tests.models.case import make_batch
 from tests.models.libraries import LIBRARIES
 from tests.models.traps import TRAPS
@@ -81,6 +81,7 @@ def _watched(case, site=None):
     model, batch = _build(case), make_batch(case, seed=1)
     recorder = AttentionRecorder(model, site or _site(case), only_with_grad=True)
     watch = StepWatch(model)
+    watch.watch_calls()
     with watch:
         recorder.start()
         loss = case.loss(model, batch)
@@ -141,7 +142,7 @@ def test_registry__class_of_the_published_name__has_the_site(case):
     inner = model.model if hasattr(model, "model") else model
     inner.__class__ = type(PUBLISHED[case.name], (type(inner),), {})
 
-    site = known_site(model)
+    site, _ = known_site(model)
 
     block = _site(case).find_block(model)
     assert [id(p) for p in site.find_block(model).parameters()] == [
@@ -156,7 +157,7 @@ def test_registry__class_of_the_published_name__has_the_site(case):
 def test_registry__installed_library__has_the_site(case):
     model = _build(case)
 
-    site = known_site(model)
+    site, _ = known_site(model)
 
     assert site is not None
     assert [id(p) for p in site.find_block(model).parameters()] == [
@@ -239,6 +240,22 @@ def test_anchor_callback__five_steps_on_any_model__has_the_closed_form_anchor(ca
     twin = case.build().eval()
     twin.load_state_dict(averaged)
     _assert_same_scores(case, batch, scores, [a.mask for a in read], case.scores(twin, batch))
+
+
+@every_case
+@pytest.mark.filterwarnings("ignore:The scores of attention block")
+def test_anchor_callback__weight_0_on_any_model__trains_bit_for_bit_as_without(case, tmp_path):
+    states = []
+    for plugins in ([], [_plugin(case)]):
+        for plugin in plugins:
+            plugin.weight = 0.0
+        module, batches = Trained(case), [make_batch(case, seed) for seed in range(3)]
+        trainer = make_trainer(tmp_path, *plugins, max_epochs=1)
+        trainer.fit(module, make_loader(batches))
+        states.append({**module.net.state_dict(), "random": torch.get_rng_state()})
+
+    assert trainer.callback_metrics["anchor/kl"] >= 0
+    assert_equal_states(*states)
 
 
 def test_matrix__is_as_large_as_promised():

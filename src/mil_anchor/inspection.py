@@ -90,6 +90,7 @@ def inspect_model(model: nn.Module, *, width: int, n_instances: int = 100) -> In
     """
     model.train()
     watch = StepWatch(model)
+    watch.watch_calls()
     failures = []
     try:
         for form, args, kwargs in _attempts(model, torch.randn(1, n_instances, width)):
@@ -170,7 +171,7 @@ def _differentiable(output: Any) -> Iterator[Tensor]:
 
 
 def _look(model: nn.Module, watch: StepWatch, loss: Tensor) -> Inspection:
-    site = known_site(model)
+    site, _ = known_site(model)
     known = site is not None
     with watch.paused():
         if site is None:

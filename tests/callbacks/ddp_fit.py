@@ -20,6 +20,7 @@ STRATEGIES = {
     "find_unused": "ddp_find_unused_parameters_true",
     "static_graph": DDPStrategy(static_graph=True),
     "spawn": "ddp_spawn",
+    "late": "ddp",
 }
 
 
@@ -41,14 +42,14 @@ class InstanceNorm(torch.nn.BatchNorm1d):
 class OwnBatches(LightningDataModule):
     """Every second batch for this process, and random numbers of its own."""
 
-    def __init__(self, subject: str, *, shuffle: bool) -> None:
+    def __init__(self, subject: str, strategy: str, *, shuffle: bool) -> None:
         super().__init__()
-        self.subject = subject
+        self.all_batches = make_batches(subject, strategy)
         self.shuffle = shuffle
 
     def setup(self, stage: str) -> None:
         torch.manual_seed(self.trainer.global_rank)
-        self.batches = SUBJECTS[self.subject].batches()[self.trainer.global_rank :: 2]
+        self.batches = self.all_batches[self.trainer.global_rank :: 2]
 
     def train_dataloader(self):
         return make_loader(self.batches, shuffle=self.shuffle)
@@ -76,6 +77,15 @@ class Keeper(Callback):
         )
 
 
+def make_batches(name: str, strategy: str) -> list[dict]:
+    """The batches of both processes in turn; "late": the second begins with bags of one."""
+    batches = SUBJECTS[name].batches()
+    if strategy == "late":
+        for key in {"features", "mask"} & batches[1].keys():
+            batches[1][key] = batches[1][key][:, :1]
+    return batches
+
+
 def make_module(name: str, strategy: str, dropout: float):
     """The module that a run starts from, for the test's own arithmetic too."""
     subject = SUBJECTS[name]
@@ -95,12 +105,12 @@ def main(
     dropout: str,
     checkpoint: str | None = None,
 ) -> None:
-    site = SUBJECTS[name].site
-    plugin = AnchorCallback(site, weight=0.7, decay=0.8)
+    # Of the one subject the attention is known, of the other it has to be found.
+    plugin = AnchorCallback(weight=0.7, decay=0.8)
     trainer = make_trainer(
         folder,
         plugin,
-        AttentionMonitor(site),
+        AttentionMonitor(),
         RandomState(),
         ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True),
         Keeper(Path(folder), plugin),
@@ -112,7 +122,7 @@ def main(
         enable_checkpointing=True,
     )
     module = make_module(name, strategy, float(dropout))
-    data = OwnBatches(name, shuffle=float(dropout) > 0)
+    data = OwnBatches(name, strategy, shuffle=float(dropout) > 0)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
 
 

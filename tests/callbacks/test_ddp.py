@@ -8,7 +8,7 @@ import torch
 
 from mil_anchor.callbacks.monitor import read_attention
 from tests.callbacks.by_hand import hand_written_fit
-from tests.callbacks.ddp_fit import STRATEGIES, make_module
+from tests.callbacks.ddp_fit import STRATEGIES, make_batches, make_module
 from tests.callbacks.subjects import SUBJECTS
 from tests.callbacks.tiny import assert_equal_states
 
@@ -47,7 +47,7 @@ def _fit(
 )
 def test_anchor_callback__two_processes__equal_the_method_written_by_hand(tmp_path, name, strategy):
     subject = SUBJECTS[name]
-    batches = subject.batches()
+    batches = make_batches(name, strategy)
     of_ranks = list(zip(batches[::2], batches[1::2], strict=True))
     anchor, kl, reference = hand_written_fit(
         subject, make_module(name, strategy, 0.0), of_ranks, weight=0.7, decay=0.8

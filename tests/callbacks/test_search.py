@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import checkpoint
 
 import mil_anchor
 from mil_anchor import AnchorCallback, AttentionMonitor, AttentionSite, RandomState, Site
@@ -222,7 +223,7 @@ def test_search__compiled_model__trains_like_the_named_site_in_eager_mode(
 
     _assert_same(_train(tmp_path, plain, [_plugin(unknown.site)], batches=unknown.batches()), run)
     assert set(looks.seen) == {(unknown.block, *_tap_of(unknown))}
-    assert_clean(module)
+    assert not any(part._forward_hooks for part in module.modules())
 
 
 def _tap_of(subject):
@@ -329,12 +330,32 @@ def test_search__first_bags_of_one_instance__waits_and_finds_in_the_first_bag_of
     assert found[-1]["kl"] > 0
 
 
-def test_search__only_bags_of_one_instance__trains_as_without(tmp_path):
-    batches = make_batches(n_instances=1)
+class UnderNoGrad(TinyModule):
+    """Runs its model where nothing can be regularised."""
 
-    found = _train(tmp_path, seeded_module(), [_plugin()], batches=batches)
+    def loss(self, batch):
+        with torch.no_grad():
+            self.net(batch["features"])
+        return sum(parameter.square().sum() for parameter in self.parameters())
 
-    _assert_same(found, _train(tmp_path, seeded_module(), batches=batches))
+
+class Reentrant(TinyModule):
+    """Runs all of its model under the checkpointing that hides it."""
+
+    def loss(self, batch):
+        start = torch.zeros((), requires_grad=True)
+        return checkpoint(lambda _: TinyModule.loss(self, batch), start, use_reentrant=True)
+
+
+@pytest.mark.parametrize(
+    ("cls", "n_instances"), [(TinyModule, 1), (UnderNoGrad, 5), (Reentrant, 5)]
+)
+def test_search__epoch_that_shows_no_attention__says_so(tmp_path, cls, n_instances):
+    module, batches = seeded_module(cls), make_batches(n_bags=1, n_instances=n_instances)
+
+    with pytest.raises(MisconfigurationException, match="must find the attention of the model in"):
+        make_trainer(tmp_path, _plugin()).fit(module, make_loader(batches))
+    assert_clean(module)
 
 
 def test_proof__first_bags_of_one_instance__waits_for_the_first_bag_of_two(tmp_path):
@@ -722,7 +743,7 @@ def test_search__second_model_with_its_attention_elsewhere__is_searched_anew(tmp
 def _whole_and_resumed(folder, module, plugin, batches, **options):
     """The last states of an uninterrupted run, and of one that was stopped and resumed."""
     ends = []
-    for name, epochs, checkpoint in (
+    for name, epochs, ckpt_path in (
         ("whole", 4, None),
         ("halves", 2, None),
         ("halves", 4, folder / "halves" / "last.ckpt"),
@@ -737,7 +758,7 @@ def _whole_and_resumed(folder, module, plugin, batches, **options):
             max_epochs=epochs,
             enable_checkpointing=True,
         )
-        trainer.fit(online, make_loader(batches, shuffle=True), ckpt_path=checkpoint)
+        trainer.fit(online, make_loader(batches, shuffle=True), ckpt_path=ckpt_path)
         ends.append(
             parameters_of(online)
             | {f"anchor of {k}": v for k, v in own.state_dict()["anchor"].items()}

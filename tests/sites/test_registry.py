@@ -55,7 +55,7 @@ def test_find_site__unknown_model__lists_likely_blocks():
         ValueError, match=r"AnchorCallback\('attention'\).*Submodules: attention_pool\."
     ):
         find_site(model)
-    assert known_site(model) is None
+    assert known_site(model)[0] is None
 
 
 def test_register_site__bare_name__fits_classes_that_have_the_named_blocks():
@@ -68,7 +68,7 @@ def test_register_site__bare_name__fits_classes_that_have_the_named_blocks():
 
     assert find_site(plain) == AttentionSite("inner.attention")
     assert find_site(gated) == GatedSite("inner.v", "inner.u", "inner.w")
-    assert known_site(Wrapper()) is None
+    assert known_site(Wrapper())[0] is None
 
 
 def test_register_site__condition__chooses_by_an_attribute():
@@ -102,12 +102,11 @@ def test_known_site__several_of_a_bare_name__tell_nothing():
     for model in models:
         model.inner["attention"] = nn.Linear(1, 1)
 
-    assert known_site(nn.ModuleList(models[:1])) == AttentionSite("0.inner.attention")
-    assert known_site(nn.ModuleList(models)) is None
+    assert known_site(nn.ModuleList(models[:1])) == (AttentionSite("0.inner.attention"), False)
+    assert known_site(nn.ModuleList(models)) == (None, False)
     # A class that is registered with its package goes first.
-    assert known_site(nn.ModuleList([*models, Known()])) == AttentionSite(
-        "2.layers.-1", layout="b n r"
-    )
+    known = AttentionSite("2.layers.-1", layout="b n r")
+    assert known_site(nn.ModuleList([*models, Known()])) == (known, True)
 
 
 @pytest.mark.parametrize("site", [{"block": "a"}, 3, AttentionSite])

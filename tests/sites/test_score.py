@@ -274,6 +274,40 @@ def test_site__tap_that_does_not_run__is_named():
         read(model, AttentionSite("0", tap="score"), {"features": bag()})
 
 
+def test_site__tap_that_runs_twice_in_its_block__is_refused():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = nn.Linear(5, 1)
+
+        def forward(self, features):
+            return self.score(features) + self.score(-features)
+
+    with pytest.raises(ValueError, match="'score' must run once in each call of .* '0'"):
+        read(nn.Sequential(Twice()), AttentionSite("0", tap="score"), {"features": bag()})
+
+
+def test_site__rescored__runs_its_block_no_further_than_the_tap():
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = nn.Linear(5, 1)
+
+        def forward(self, features):
+            scores = self.score(features)
+            return ((scores + torch.randn_like(scores) * 0).softmax(1) * features).sum(1)
+
+    model, site = nn.Sequential(Pool()), AttentionSite("0", tap="score")
+    (attention,), _ = read(model, site, {"features": bag()})
+    state = torch.get_rng_state()
+
+    again = site.rescore(model[0], attention.inputs)
+
+    assert torch.equal(again, attention.scores)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model[0].score._forward_hooks
+
+
 class Gated(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -27,6 +27,7 @@ def read(model, site, batch, *inputs):
 def find(model, features, *, loss=None, n_bags=None):
     """The site that discovery finds."""
     watch = StepWatch(model)
+    watch.watch_calls()
     with watch:
         output = model(features)
         loss = output.square().sum() if loss is None else loss(output)

@@ -88,8 +88,6 @@ class AnchorCallback(AttentionRegularizer):
     @override
     def _attach(self, site: Site) -> None:
         super()._attach(site)
-        self._unfollow()
-        self._anchor = None
         # Only now are the weights final: loaded, and broadcast from rank 0.
         if not has_lazy_parameters(self.online.block):
             self._start_anchor()
@@ -168,9 +166,6 @@ class AnchorCallback(AttentionRegularizer):
 
     def _detach(self) -> None:
         super()._detach()
-        self._unfollow()
-
-    def _unfollow(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []

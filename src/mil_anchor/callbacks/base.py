@@ -1,6 +1,7 @@
 """What all our callbacks share: they watch one attention block while a fit runs."""
 
 from abc import ABC
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -12,8 +13,8 @@ from typing_extensions import override
 from mil_anchor.callbacks.patch import TrainingPatch
 from mil_anchor.callbacks.recorder import AttentionRecorder, n_bags_of
 from mil_anchor.callbacks.watch import StepWatch
-from mil_anchor.sites.base import Site
-from mil_anchor.sites.discovery import discover, shows_instances
+from mil_anchor.sites.base import RecordedAttention, Site
+from mil_anchor.sites.discovery import discover
 from mil_anchor.sites.proof import find_difference, is_provable
 from mil_anchor.sites.registry import as_site, known_site
 
@@ -39,6 +40,7 @@ class AttentionCallback(Callback, ABC):
         self.site = site
         self.strict = strict
         self._recorder: AttentionRecorder | None = None
+        self._guess: Site | None = None
         self._patch: TrainingPatch | None = None
 
     @property
@@ -65,11 +67,16 @@ class AttentionCallback(Callback, ABC):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.site is None:
+            site, is_certain = known_site(pl_module)
+        else:
+            site, is_certain = as_site(self.site), True
+        # A model of a known name may be another one: the first step tells.
+        self._guess = None if is_certain else site
         self._patch = TrainingPatch.of(pl_module)
-        self._patch.add_observer(self)
-        site = known_site(pl_module) if self.site is None else as_site(self.site)
-        if site is not None:
+        if site is not None and is_certain:
             self._attach(site)
+        self._patch.add_observer(self)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,53 +92,104 @@ class AttentionCallback(Callback, ABC):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
 
+    @property
+    def needs_calls(self) -> bool:
+        """Whether the attention must be found."""
+        return self._recorder is None
+
+    def start_watching(self) -> None:
+        """Record the attention, if it is known."""
+        if self._recorder is not None:
+            self._recorder.start()
+
     def observe(self, watch: StepWatch, batch: Any, loss: Tensor) -> bool:
         """Find the attention if it is unknown, and prove it; True once that is done."""
         if self._recorder is None:
-            # A bag of one instance shows no attention: wait for another.
-            return shows_instances(watch.calls) and self._find(watch, batch, loss)
-        if not self._recorder.calls:
-            self._recorder.replay(watch.calls)
-        attention = self._recorder.look(batch)
+            try:
+                site = self._search(watch, batch, loss)
+            except ValueError as error:
+                self._give_up(str(error))
+                return True
+            if site is None:
+                return False
+            self._attach(site)
+            self.online.start()
+            self.online.replay(watch.calls)
+        attention = self.online.look(batch)
         if not is_provable(attention):
             return False
-        site = self._recorder.site
+        self._prove(self.online.site, attention, watch)
+        return True
+
+    def _search(self, watch: StepWatch, batch: Any, loss: Tensor) -> Site | None:
+        """The site that the step shows; None: it shows no attention, so wait for another.
+
+        Raises:
+            ValueError: What the step shows is not clear.
+        """
+        fits, is_readable = self._try_guess(watch, batch)
+        if fits:
+            return self._guess
+        name = type(self).__name__
+        try:
+            site = discover(
+                self.module,
+                watch.calls,
+                watch.seen,
+                loss=loss,
+                n_bags=n_bags_of(batch),
+                callback=name,
+            )
+        except ValueError:
+            if is_readable:  # the proof tells better what is wrong with it
+                return self._guess
+            # The attention of one instance: nothing can be seen there.
+            if any(softmax.scores.shape[-1] == 1 for softmax in watch.seen):
+                return None
+            raise
+        rank_zero_info(
+            f"{name}: found the attention of {type(self.module).__name__} in '{site.path}'. "
+            f"To name it: {name}({site})."
+        )
+        return site
+
+    def _try_guess(self, watch: StepWatch, batch: Any) -> tuple[bool, bool]:
+        """Whether the site of the model's name fits what the step has run; whether it reads."""
+        if self._guess is None:
+            return False, False
+        recorder = AttentionRecorder(self.module, self._guess, only_with_grad=True)
+        try:
+            recorder.replay(watch.calls)
+            attention = recorder.look(batch)
+        except (ValueError, RuntimeError):
+            return False, False
+        finally:
+            recorder.remove()
+        is_readable = is_provable(attention) and any(
+            parameter.requires_grad for parameter in recorder.block.parameters()
+        )
+        fits = is_readable and (
+            not recorder.site.must_be_proven
+            or find_difference(recorder.site, attention, watch.seen) is None
+        )
+        return fits, is_readable
+
+    def _prove(self, site: Site, attention: Sequence[RecordedAttention], watch: StepWatch) -> None:
         difference = find_difference(site, attention, watch.seen)
         if difference is None or not site.must_be_proven:
-            return True
-        why = f"The scores of attention block '{site.path}' must be what the model's softmax gets"
-        # A model of a known name may be another one: then what it runs decides.
-        if self.site is None and self._find(watch, batch, loss, or_else=False):
-            return True
+            return
+        why = (
+            f"The scores of attention block '{site.path}' must be what the model's softmax gets, "
+            f"but {difference}."
+        )
         if self.strict:
             raise MisconfigurationException(
-                f"{why}, but {difference}. {type(self).__name__}(..., strict=False) makes this a "
-                "warning, for models whose attention is no plain softmax of their scores."
+                f"{why} {type(self).__name__}(..., strict=False) makes this a warning, for models "
+                "whose attention is no plain softmax of their scores."
             )
-        rank_zero_warn(f"{why}, but {difference}.")
-        return True
-
-    def _find(self, watch: StepWatch, batch: Any, loss: Tensor, *, or_else: bool = True) -> bool:
-        """Look for the attention in what the step has run; False: it is not there."""
-        n_bags = n_bags_of(batch)
-        try:
-            site = discover(self.module, watch.calls, watch.seen, loss=loss, n_bags=n_bags)
-        except ValueError as error:
-            if or_else:
-                self._give_up(str(error))
-            return or_else
-        self._attach(site)
-        self.online.start()
-        self.online.replay(watch.calls)
-        rank_zero_info(
-            f"{type(self).__name__}: found the attention of {type(self.module).__name__} in "
-            f"'{site.path}'. To name it: {type(self).__name__}({site})."
-        )
-        return True
+        rank_zero_warn(why)
 
     def _attach(self, site: Site) -> None:
-        if self._recorder is not None:
-            self._recorder.remove()
         self._recorder = AttentionRecorder(self.module, site, only_with_grad=self._only_with_grad)
 
     def _give_up(self, why: str) -> None:

@@ -44,6 +44,13 @@ class LossTerm(Protocol):
 class StepObserver(Protocol):
     """What looks at everything that the first training steps run."""
 
+    @property
+    def needs_calls(self) -> bool:
+        """Whether it must see the calls of every submodule."""
+
+    def start_watching(self) -> None:
+        """A step that is watched begins."""
+
     def observe(self, watch: StepWatch, batch: Any, loss: Tensor) -> bool:
         """Look at a step that has given this loss; True: enough seen."""
 
@@ -84,6 +91,8 @@ class TrainingPatch:
         if self._watch is None:
             # Now, and not in the step: a model that is compiled has its hooks before that.
             self._watch = StepWatch(self.module)
+        if observer.needs_calls:
+            self._watch.watch_calls()
 
     def remove(self, member: object) -> None:
         """Let a term or an observer, or what is both, go; the last one restores the module."""
@@ -107,6 +116,8 @@ class TrainingPatch:
         self._batch = next(iter((*args, *kwargs.values())), None)
         self._taken.clear()
         self._called_manual_backward = False
+        for observer in self._observers:
+            observer.start_watching()
         for term in self._terms:
             term.start_step(self._batch)
         try:

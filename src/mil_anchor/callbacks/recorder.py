@@ -25,11 +25,16 @@ class CallRecorder:
     Args:
         watched: The submodules by name.
         only_with_grad: Leave out calls under no_grad (teacher passes, reentrant checkpointing).
+        narrow: Keep a copy of an output that is this many times smaller than the input, since
+            models mask their scores in place afterwards.
     """
 
-    def __init__(self, watched: Mapping[str, nn.Module], *, only_with_grad: bool) -> None:
+    def __init__(
+        self, watched: Mapping[str, nn.Module], *, only_with_grad: bool, narrow: int = 1
+    ) -> None:
         self.calls: list[ModuleCall] = []
         self._only_with_grad = only_with_grad
+        self._narrow = narrow
         self._recording = False
         self._handles: list[RemovableHandle] = [
             module.register_forward_hook(_Hook(self, name), with_kwargs=True)
@@ -59,9 +64,7 @@ class CallRecorder:
         with_grad = torch.is_grad_enabled()
         if not self._recording or (self._only_with_grad and not with_grad):
             return
-        # Models mask the scores in place afterwards: keep them as they are now. Scores are no
-        # wider than the features they judge.
-        size = max((x.numel() for x in tensors_in((args, kwargs))), default=0)
+        size = max((x.numel() for x in tensors_in((args, kwargs))), default=0) // self._narrow
         kept = map_tensors(lambda x: x.clone() if x.numel() <= size else x, output)
         versions = (versions_of((args, kwargs)), versions_of(kept)) if with_grad else None
         self.calls.append(ModuleCall(name, module, args, kwargs, kept, versions))

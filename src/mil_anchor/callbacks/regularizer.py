@@ -14,6 +14,7 @@ from mil_anchor.callbacks.base import AttentionCallback
 from mil_anchor.callbacks.patch import TrainingPatch
 from mil_anchor.callbacks.processes import weighted_mean
 from mil_anchor.callbacks.recorder import batch_entry
+from mil_anchor.callbacks.watch import StepWatch
 from mil_anchor.sites.base import RecordedAttention, Site
 
 # By name, since the package pytorch_lightning has classes of its own.
@@ -64,6 +65,7 @@ class AttentionRegularizer(AttentionCallback):
         super().__init__(site, strict=strict)
         self.weight = weight
         self._batch: Any = None
+        self._has_searched = False
         self._values: list[Tensor] = []
         self._n_values: list[int] = []
 
@@ -92,8 +94,9 @@ class AttentionRegularizer(AttentionCallback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._values:
-            # Automatic optimization has raised in the first step, unless every step was skipped.
-            if not pl_module.automatic_optimization:
+            # Automatic optimization has raised in the first step, unless every step was skipped, or
+            # all of them showed no attention.
+            if not pl_module.automatic_optimization or self._has_searched:
                 raise MisconfigurationException(self.describe_missing())
             return
         mean = weighted_mean(self._values, self._n_values)
@@ -106,6 +109,12 @@ class AttentionRegularizer(AttentionCallback):
         suffix = f"/{self.online.site.path}" if others else ""
         values = self.log_values(mean)
         pl_module.log_dict({f"{key}{suffix}": value for key, value in values.items()})
+
+    @override
+    def observe(self, watch: StepWatch, batch: Any, loss: Tensor) -> bool:
+        done = super().observe(watch, batch, loss)
+        self._has_searched = self._recorder is None
+        return done
 
     def start_step(self, batch: Any) -> None:
         """Record from here on."""
@@ -139,8 +148,8 @@ class AttentionRegularizer(AttentionCallback):
         if self._recorder is None:
             return (
                 f"{type(self).__name__} must find the attention of the model in the first training "
-                "step, but no step has run one with gradients. Name the block, as in "
-                f"{type(self).__name__}('attention')."
+                "step, but no step has run one over two instances with gradients. Name the block, "
+                f"as in {type(self).__name__}('attention')."
             )
         return (
             f"{type(self).__name__} must see the attention block '{self.online.site.path}' run "
@@ -164,4 +173,5 @@ class AttentionRegularizer(AttentionCallback):
     def _detach(self) -> None:
         super()._detach()
         self._batch = None
+        self._has_searched = False
         self._values, self._n_values = [], []

@@ -11,9 +11,12 @@ from mil_anchor.callbacks.recorder import CallRecorder
 from mil_anchor.sites.base import ModuleCall
 from mil_anchor.sites.normalizations import Normalization, NormalizationWatch
 
+# A scorer's output has a few rows for each instance: wide outputs need no copy, which is memory.
+_NARROW = 4
+
 
 class StepWatch:
-    """Records, while it is entered, every submodule's calls and every normalisation.
+    """Records, while it is entered, every normalisation, and every submodule's calls if asked to.
 
     Compiled parts run eagerly meanwhile: a fused kernel shows nothing, and what is compiled later
     is compiled without these hooks.
@@ -23,15 +26,21 @@ class StepWatch:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        watched = {path: module for path, module in root.named_modules() if path}
-        self._recorder = CallRecorder(watched, only_with_grad=True)
+        self._root = root
+        self._recorder: CallRecorder | None = None
         self._normalizations = NormalizationWatch()
         self._stack = ExitStack()
+
+    def watch_calls(self) -> None:
+        """Record the calls of every submodule as well."""
+        if self._recorder is None:
+            watched = {path: module for path, module in self._root.named_modules() if path}
+            self._recorder = CallRecorder(watched, only_with_grad=True, narrow=_NARROW)
 
     @property
     def calls(self) -> Sequence[ModuleCall]:
         """Every submodule's calls with gradients, in the order of their return."""
-        return self._recorder.calls
+        return [] if self._recorder is None else self._recorder.calls
 
     @property
     def seen(self) -> Sequence[Normalization]:
@@ -39,7 +48,8 @@ class StepWatch:
         return self._normalizations.seen
 
     def __enter__(self) -> None:
-        self._recorder.start()
+        if self._recorder is not None:
+            self._recorder.start()
         self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         self._stack.enter_context(self._normalizations)
         self._normalizations.active = True
@@ -50,7 +60,8 @@ class StepWatch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._recorder.stop()
+        if self._recorder is not None:
+            self._recorder.stop()
         self._normalizations.stop()
         self._stack.close()
 
@@ -63,4 +74,5 @@ class StepWatch:
 
     def remove(self) -> None:
         """Take the hooks off the model."""
-        self._recorder.remove()
+        if self._recorder is not None:
+            self._recorder.remove()

@@ -20,7 +20,7 @@ class ModuleCall:
         module: The submodule.
         args: Its positional inputs, with their graph.
         kwargs: Its keyword inputs.
-        returned: What it returned, with its graph; read it as `output`.
+        returned: What it returned, with its graph; read it as `output`. Narrow tensors are copies.
         versions: Version counters of the inputs and of ``returned`` at that time; None when no
             gradient was recorded, since then nothing is computed from them again.
     """

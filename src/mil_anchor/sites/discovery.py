@@ -43,6 +43,7 @@ def discover(
     *,
     loss: Tensor,
     n_bags: int | None = None,
+    callback: str = "AnchorCallback",
 ) -> Site:
     """The one attention site of a model, found in what a training step has run.
 
@@ -56,6 +57,7 @@ def discover(
         seen: What the model normalised.
         loss: The step's loss, with its graph.
         n_bags: Number of bags in the batch, where the batch tells it.
+        callback: The class that the lines to paste are for.
 
     Raises:
         ValueError: No submodule is the tap, no block fits around it, or several taps do; the
@@ -72,7 +74,7 @@ def discover(
         return inner[0]
     model = type(root).__name__
     if sites:
-        lines = [f"AnchorCallback({site})" for site in sites]
+        lines = [f"{callback}({site})" for site in sites]
         raise ValueError(
             f"One attention block must be meant, but the softmaxes over instances that {model} "
             f"runs get their scores from {list(found)}. Name one: {' or '.join(lines)}."
@@ -81,21 +83,14 @@ def discover(
         f"the scores of its softmax come from {unclear}, but no submodule around takes instance "
         "features and owns all parameters of that scorer and no others"
         if unclear
-        else "no submodule's output is the argument of a softmax over instances"
+        else "no submodule that ran with gradients put out the argument of a softmax over instances"
     )
-    guesses = [f"AnchorCallback({site})" for site in _guesses(calls)]
+    guesses = [f"{callback}({site})" for site in _guesses(calls)]
     raise ValueError(
         f"The attention of {model} must be found, but {why}. Say where it is"
         f"{', perhaps ' + ' or '.join(guesses) if guesses else ''}: {KINDS}. "
         f"Submodules that put out something for each instance: {_candidates(calls)}."
     )
-
-
-def shows_instances(calls: Sequence[ModuleCall]) -> bool:
-    """Whether the calls show bags of two or more instances: one has nothing to attend to."""
-    features = [call.features for call in calls]
-    shapes = [f.shape for f in features if f is not None and f.ndim > 1]
-    return any(shape[1 if len(shape) > 2 else 0] > 1 for shape in shapes)
 
 
 def _taps(

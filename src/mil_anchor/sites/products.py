@@ -20,7 +20,7 @@ from mil_anchor.sites.base import (
     find_submodule,
     joined,
 )
-from mil_anchor.sites.score import kept_call
+from mil_anchor.sites.score import run_until
 
 
 @dataclass(frozen=True)
@@ -214,10 +214,8 @@ class MultiheadSite(Site):
         args, kwargs = inputs
         if not self.tap:
             return self._scores(ModuleCall("", block, args, kwargs, None))
-        calls: list[ModuleCall] = []
-        with kept_call(find_submodule(block, self.tap), calls.append):
-            block(*args, **kwargs)
-        return self._scores(calls[-1])
+        attention = find_submodule(block, self.tap)
+        return self._scores(run_until(block, [attention], args, kwargs)[attention])
 
     def _scores(self, call: ModuleCall) -> Float[Tensor, "bag row instance"]:
         attention = call.module

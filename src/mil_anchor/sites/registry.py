@@ -25,11 +25,13 @@ def register_site(name: str, site: Site, *, when: str = "") -> None:
     _REGISTRY.setdefault(name, []).insert(0, (site, when))
 
 
-def known_site(model: nn.Module) -> Site | None:
-    """The site of a registered model, which may sit anywhere inside this module; None: unknown.
+def known_site(model: nn.Module) -> tuple[Site | None, bool]:
+    """The site of a registered model, which may sit anywhere inside this module.
 
-    A class that is registered with its package goes before one that only has a known name; several
-    of the latter tell nothing.
+    Returns:
+        The site, None if it is unknown, and whether it is certain: a class that is registered with
+        its package is, and goes before one that only has a known name. Several of the latter tell
+        nothing.
 
     Raises:
         ValueError: Several submodules are of classes that are registered with their package.
@@ -50,7 +52,7 @@ def known_site(model: nn.Module) -> Site | None:
             f"models. Name one: {' or '.join(lines)}."
         )
     sites = list((certain or guessed).values())
-    return sites[0] if len(sites) == 1 else None
+    return sites[0] if len(sites) == 1 else None, bool(certain)
 
 
 def find_site(model: nn.Module) -> Site:
@@ -62,7 +64,7 @@ def find_site(model: nn.Module) -> Site:
     Raises:
         ValueError: No submodule is of a registered class, or several are.
     """
-    site = known_site(model)
+    site, _ = known_site(model)
     if site is None:
         raise ValueError(
             f"The attention block of {type(model).__name__} must be known, but no part of it is of "

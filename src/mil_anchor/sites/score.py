@@ -1,10 +1,9 @@
 """Sites whose scores a submodule puts out: declared by a path, or made of three siblings."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -139,11 +138,7 @@ class AttentionSite(Site):
             # A list is never a block itself: it cannot be called.
             part = block[index] if isinstance(block, nn.ModuleList) else block
             taps = [tap for _, tap in find_submodules(part, self.tap)]
-            calls: dict[nn.Module, ModuleCall] = {}
-            with ExitStack() as stack:
-                for tap in taps:
-                    stack.enter_context(kept_call(tap, partial(_keep, calls)))
-                part(*args, **kwargs)
+            calls = run_until(part, taps, args, kwargs)
             features = ModuleCall("", part, args, kwargs, None).features
             scores += [self._scores(calls[tap].output, features, n_bags) for tap in taps]
         return torch.cat(scores, dim=1)
@@ -154,6 +149,11 @@ class AttentionSite(Site):
         tapped: dict[str, Any] = {}
         for call in calls:
             block, _, row = call.name.partition(" tap ")
+            if call.name in tapped:
+                raise ValueError(
+                    f"The tap '{self.tap}' must run once in each call of attention block "
+                    f"'{self.block}', but it ran again. Name the smallest block around it."
+                )
             if row:
                 tapped[call.name] = call.output
                 continue
@@ -314,25 +314,37 @@ def _as_rows(by_block: list[list[RecordedAttention]]) -> list[RecordedAttention]
     ]
 
 
-def _keep(calls: dict[nn.Module, ModuleCall], call: ModuleCall) -> None:
-    calls[call.module] = call
-
-
 def _row_of(name: str) -> int:
     return int(name.rpartition(" ")[2])
 
 
-@contextmanager
-def kept_call(module: nn.Module, keep: Callable[[ModuleCall], None]) -> Iterator[None]:
-    """Hand each call of a module to a function while the context is open."""
-    handle = module.register_forward_hook(
-        lambda module, args, kwargs, output: keep(ModuleCall("", module, args, kwargs, output)),
-        with_kwargs=True,
-    )
+class _HasRunError(Exception):
+    """All taps have run: what a block does with its scores is not wanted."""
+
+
+def run_until(
+    block: nn.Module, taps: Sequence[nn.Module], args: Any, kwargs: Any
+) -> dict[nn.Module, ModuleCall]:
+    """Run a block until each of its taps has run, and give their calls.
+
+    What comes after the scores (pooling, or samples drawn around them) costs time and may draw
+    random numbers.
+    """
+    calls: dict[nn.Module, ModuleCall] = {}
+
+    def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls[module] = ModuleCall("", module, args, kwargs, output)
+        if len(calls) == len(taps):
+            raise _HasRunError
+
+    handles = [tap.register_forward_hook(keep, with_kwargs=True) for tap in taps]
     try:
-        yield
+        with suppress(_HasRunError):
+            block(*args, **kwargs)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    return calls
 
 
 def _number_of(root: nn.Module, path: str) -> float:
