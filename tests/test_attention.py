@@ -276,3 +276,8 @@ def test_attention__bad_score_on_padding__does_not_matter():
 def test_attention__mask_of_another_shape__is_refused():
     with pytest.raises(ValueError, match=r"scores are \(2, 1, 4\) and the mask is \(2, 3\)"):
         softmax(torch.zeros(2, 1, 4), torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_log_softmax__bag_without_instances__is_refused():
+    with pytest.raises(ValueError, match=r"Every bag needs a real instance.*\(2, 1, 0\)"):
+        log_softmax(torch.zeros(2, 1, 0))

@@ -193,7 +193,7 @@ def test_inspect__unknown_model__prints_what_was_found(capsys):
         "mirrored    63 parameters: 0.weight, 0.bias, 2.weight, 2.bias",
         "proof       the softmax of the scores is one that the model ran",
         f"to paste    AnchorCallback({site})",
-        f"            AnchorCallback({nested})  # as self.model of a module",
+        f"            AnchorCallback({nested})  # as self.model of a LightningModule",
     ]
 
 
@@ -271,7 +271,7 @@ def test_inspect__registered_name_that_does_not_fit__is_searched(capsys):
 
     lines = _lines(capsys.readouterr().out)
     assert lines["site"] == (
-        "AttentionSite('attention', tap='0', layout='b n r') (found in what the model ran)"
+        "AttentionSite('attention.0', layout='b n r') (found in what the model ran)"
     )
     assert lines["proof"] == "the softmax of the scores is one that the model ran"
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from lightning.pytorch import LightningModule
 from rich.console import Console
 
 from mil_anchor.figures import jsd_figure
@@ -52,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _inspect(target: str, width: int, n_instances: int) -> int:
     torch.manual_seed(0)
-    found = inspect_model(load_model(target, width), width=width, n_instances=n_instances)
+    model = load_model(target, width)
+    found = inspect_model(model, width=width, n_instances=n_instances)
     named = list(found.block.named_parameters())
     how = "known by its class" if found.known else "found in what the model ran"
     proof = "the softmax of the scores is one that the model ran"
@@ -70,10 +72,10 @@ def _inspect(target: str, width: int, n_instances: int) -> int:
     )
     if found.difference is not None and found.provable:
         return 1
-    _say(
-        f"to paste    AnchorCallback({found.site})",
-        f"            AnchorCallback({found.site.within('model')})  # as self.model of a module",
-    )
+    _say(f"to paste    AnchorCallback({found.site})")
+    if not isinstance(model, LightningModule):
+        inside = found.site.within("model")
+        _say(f"            AnchorCallback({inside})  # as self.model of a LightningModule")
     return 0
 
 

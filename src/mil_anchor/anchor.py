@@ -72,7 +72,10 @@ class Anchor:
             value = value.detach()
             return value if dtype is None or not value.is_floating_point() else value.to(dtype)
 
-        with torch.autocast(device, enabled=False):
+        # Some blocks draw random numbers in eval mode, too: not the model's.
+        devices = [] if device == "cpu" else [torch.accelerator.current_device_index()]
+        forked = torch.random.fork_rng(devices, device_type="cuda" if device == "cpu" else device)
+        with torch.autocast(device, enabled=False), forked:
             return function(self.block, map_tensors(cast, inputs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

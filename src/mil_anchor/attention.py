@@ -184,9 +184,14 @@ def _fit_mask(mask: Tensor, scores: Tensor) -> Tensor:
 
 
 def _check(scores: Tensor) -> None:
+    if scores.shape[-1] == 0:
+        raise ValueError(
+            f"Every bag needs a real instance, but these scores have none: {tuple(scores.shape)}. "
+            "Drop slides without tiles before batching."
+        )
     # One pass answers for both: the largest score of a row is NaN if any is, +inf if any is, and
     # -inf only when no instance is real.
-    if scores.shape[-1] and bool(torch.isfinite(scores.amax(dim=-1)).all()):
+    if bool(torch.isfinite(scores.amax(dim=-1)).all()):
         return
     rows = scores.reshape(scores.shape[0] if scores.ndim > 1 else 1, -1, scores.shape[-1])
     broken = [bag for bag, row in enumerate(rows) if bool((row.isnan() | (row == torch.inf)).any())]

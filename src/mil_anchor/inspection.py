@@ -2,17 +2,19 @@
 
 import importlib
 import inspect
+import math
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mil_anchor.callbacks.recorder import AttentionRecorder
+from mil_anchor.callbacks.search import search
 from mil_anchor.callbacks.watch import StepWatch
 from mil_anchor.sites.base import Site
-from mil_anchor.sites.discovery import discover
-from mil_anchor.sites.proof import find_difference, is_provable
+from mil_anchor.sites.proof import find_difference
 from mil_anchor.sites.registry import known_site
 
 # What constructors call the width of the features, and the number of classes.
@@ -60,20 +62,26 @@ def load_model(target: str, width: int) -> nn.Module:
         width: Width of the instance features, for arguments that ask for it.
 
     Raises:
-        ValueError: There is no such thing, or it needs arguments that only you know.
+        ValueError: There is no such thing, it needs arguments that only you know, or it fails.
     """
     module_name, _, name = target.partition(":")
     try:
-        made: Any = importlib.import_module(module_name)
-        for part in name.split("."):
-            made = getattr(made, part)
-    except (ImportError, AttributeError, ValueError) as error:
+        module = importlib.import_module(module_name)
+        made: Any = attrgetter(name or "factory")(module)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(
             f"The model must be named 'package.module:factory', but '{target}' cannot be imported: "
             f"{error}."
         ) from error
     if callable(made) and not isinstance(made, nn.Module):
-        made = _call(made, target, width)
+        arguments = _arguments_of(made, target, width)
+        try:
+            made = made(**arguments)
+        except (TypeError, ValueError, RuntimeError, LookupError, OSError) as error:
+            raise ValueError(
+                f"'{target}' must make a model when it is called with {arguments}, but it failed: "
+                f"{type(error).__name__}: {error}. Write a function that makes it."
+            ) from error
     if not isinstance(made, nn.Module):
         raise ValueError(
             f"'{target}' must make a torch.nn.Module, but it made a {type(made).__name__}."
@@ -84,16 +92,26 @@ def load_model(target: str, width: int) -> nn.Module:
 def inspect_model(model: nn.Module, *, width: int, n_instances: int = 100) -> Inspection:
     """Run one training forward on a random bag and look at the attention.
 
+    Args:
+        model: The model.
+        width: Width of the instance features.
+        n_instances: Instances of the bag.
+
     Raises:
         ValueError: The model cannot be called on a bag, or its attention is not found; the message
             lists what there is.
     """
+    if width < 1 or n_instances < 2:
+        raise ValueError(
+            "A bag must have two instances at least, and features of width 1 at least, but got "
+            f"{n_instances} and {width}. The attention of one instance shows nothing."
+        )
     model.train()
     watch = StepWatch(model)
     watch.watch_calls()
     failures = []
     try:
-        for form, args, kwargs in _attempts(model, torch.randn(1, n_instances, width)):
+        for form, args, kwargs in _attempts(model, torch.randn(2, n_instances, width)):
             with watch:
                 try:
                     loss = _loss(model(*args, **kwargs))
@@ -110,7 +128,7 @@ def inspect_model(model: nn.Module, *, width: int, n_instances: int = 100) -> In
     )
 
 
-def _call(factory: Any, target: str, width: int) -> Any:
+def _arguments_of(factory: Any, target: str, width: int) -> dict[str, Any]:
     values = {"in_shape": (width,)} | dict.fromkeys(_WIDTHS, width) | dict.fromkeys(_CLASSES, 2)
     parameters = inspect.signature(factory).parameters.values()
     required = [
@@ -126,29 +144,46 @@ def _call(factory: Any, target: str, width: int) -> Any:
         )
     # A width that the factory could do without is told, too: it should fit the bag.
     wanted = {p.name for p in parameters} & {"in_shape", *_WIDTHS} | set(required)
-    return factory(**{name: values[name] for name in wanted})
+    return {name: values[name] for name in sorted(wanted)}
 
 
-def _attempts(model: nn.Module, bag: Tensor) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
-    """Ways to call a model on one bag."""
-    n_instances = bag.shape[1]
-    known = {
-        "mask": torch.ones(1, n_instances, dtype=torch.bool),
-        "adj": torch.eye(n_instances).unsqueeze(0),
-        "label": torch.zeros(1, dtype=torch.long),
-        "lens": torch.tensor([n_instances]),
+def _attempts(
+    model: nn.Module, bags: Tensor
+) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """Ways to call a model: on one bag, on two (batch normalisation), with less and more."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    named = {p.name for p in parameters}
+    for batch in (bags[:1], bags):
+        known = _inputs_by_name(batch)
+        needed = {
+            p.name: known[p.name] for p in parameters if p.default is p.empty and p.name in known
+        }
+        # Some models cannot do without a mask that they take as optional; and in some True is
+        # padding, so that a mask is the second choice.
+        masks = {name: known[name] for name in ("mask", "attn_mask") if name in named}
+        form = f"{tuple(batch.shape)} (bag, instance, width)"
+        yield form, (batch,), needed
+        if masks.keys() - needed:
+            yield f"{form} with {', '.join(masks)}", (batch,), needed | masks
+    yield f"{tuple(bags[0].shape)} (instance, width)", (bags[0],), {}
+    yield f"data={tuple(bags[:1].shape)}", (), {"data": bags[:1]}
+
+
+def _inputs_by_name(bags: Tensor) -> dict[str, Any]:
+    """What models may need beside the features."""
+    n_bags, n_instances, _ = bags.shape
+    mask = torch.ones(n_bags, n_instances, dtype=torch.bool)
+    side = math.isqrt(n_instances - 1) + 1
+    places = torch.arange(n_instances)
+    return {
+        "mask": mask,
+        "attn_mask": mask,
+        "adj": torch.eye(n_instances).expand(n_bags, -1, -1),
+        "coords": torch.stack([places // side, places % side], dim=1).expand(n_bags, -1, -1),
+        "label": torch.zeros(n_bags, dtype=torch.long),
+        "lens": torch.full((n_bags,), n_instances),
         "loss_fn": nn.CrossEntropyLoss(),
     }
-    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
-    more = {p.name: known[p.name] for p in parameters if p.default is p.empty and p.name in known}
-    # DTFD of torchmil cannot do without the mask that it takes as optional.
-    if any(p.name == "mask" for p in parameters):
-        more["mask"] = known["mask"]
-    return [
-        ("(bag, instance, width)", (bag,), more),
-        ("(instance, width)", (bag[0],), more),
-        ("data=(bag, instance, width)", (), {"data": bag}),
-    ]
 
 
 def _loss(output: Any) -> Tensor:
@@ -171,28 +206,29 @@ def _differentiable(output: Any) -> Iterator[Tensor]:
 
 
 def _look(model: nn.Module, watch: StepWatch, loss: Tensor) -> Inspection:
-    site, _ = known_site(model)
-    known = site is not None
+    known, is_certain = known_site(model)
     with watch.paused():
-        if site is None:
-            site = discover(model, watch.calls, watch.seen, loss=loss)
+        site = known
+        if site is None or not is_certain:
+            site = search(model, known, watch, batch=None, loss=loss, callback="AnchorCallback")
         recorder = AttentionRecorder(model, site, only_with_grad=True)
         try:
             recorder.replay(watch.calls)
             attention = recorder.look(None)
-            difference = (
-                find_difference(recorder.site, attention, watch.seen)
-                if is_provable(attention)
-                else "the block did not run"
-            )
+            difference = find_difference(recorder.site, attention, watch.seen)
         finally:
             recorder.remove()
+    if not attention:
+        raise ValueError(
+            f"The attention block '{site.path}' must run as a module when the model does, but it "
+            "did not. Name the block in use."
+        )
     return Inspection(
         recorder.site,
-        known,
+        site is known,
         difference,
         site.must_be_proven,
         recorder.block,
-        attention[0].scores.shape[1] if attention else 0,
+        attention[0].scores.shape[1],
         len(attention),
     )

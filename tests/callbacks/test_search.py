@@ -286,6 +286,25 @@ def test_search__weight_0__trains_as_without_plugin_and_draws_no_random_numbers(
     _assert_same(*runs)
 
 
+class AlwaysDropping(nn.Linear):
+    """Drops features in evaluation mode too."""
+
+    def forward(self, hidden):
+        return super().forward(nn.functional.dropout(hidden, 0.3, training=True))
+
+
+def test_anchor_callback__block_that_always_draws__leaves_the_models_random_numbers(tmp_path):
+    runs = []
+    for callbacks in ([], [_plugin(SITE, weight=0.0)]):
+        module = seeded_module()
+        module.net.attention = AlwaysDropping(8, 2)  # of the same weights: the seed is set
+        runs.append(_train(tmp_path, module, callbacks))
+
+    del runs[1][-1]["kl"]
+    _drop_anchors(*runs[1])
+    _assert_same(*runs)
+
+
 class Counting(AnchorCallback):
     """Counts the steps that have a penalty."""
 
@@ -350,11 +369,13 @@ class Reentrant(TinyModule):
 @pytest.mark.parametrize(
     ("cls", "n_instances"), [(TinyModule, 1), (UnderNoGrad, 5), (Reentrant, 5)]
 )
-def test_search__epoch_that_shows_no_attention__says_so(tmp_path, cls, n_instances):
-    module, batches = seeded_module(cls), make_batches(n_bags=1, n_instances=n_instances)
+@pytest.mark.parametrize("returns", ["tensor", "dict"])
+def test_search__epoch_that_shows_no_attention__says_so(tmp_path, cls, n_instances, returns):
+    module = seeded_module(cls, returns=returns)
+    loader = make_loader(make_batches(n_bags=1, n_instances=n_instances))
 
-    with pytest.raises(MisconfigurationException, match="must find the attention of the model in"):
-        make_trainer(tmp_path, _plugin()).fit(module, make_loader(batches))
+    with pytest.raises(MisconfigurationException, match=rf"attention of {cls.__name__} must be fo"):
+        make_trainer(tmp_path, _plugin()).fit(module, loader)
     assert_clean(module)
 
 
@@ -803,12 +824,13 @@ def test_search__copy_of_the_module_in_the_first_step__is_a_plain_module(
 
     class Copying(AnchorCallback):
         def observe(self, watch, batch, loss):
-            n_calls, twin = len(watch.calls), copied(self.module)
+            recorder, twin = watch if site is None else self.online, copied(self.module)
+            n_calls = len(recorder.calls)
             of_twin = twin.training_step(batch, 0)
             of_twin.backward()
             assert torch.equal(of_twin, loss)
             assert twin.training_step.__self__ is twin
-            assert len(watch.calls) == n_calls > 0
+            assert len(recorder.calls) == n_calls > 0
             twins.append(twin)
             return super().observe(watch, batch, loss)
 

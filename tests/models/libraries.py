@@ -319,7 +319,7 @@ LIBRARIES: list[Case] = [
         models.SmABMIL,
         _sm_abmil_scores,
         _POOL.format("proj2"),
-        None,  # its smoothing acts on the pooled features, too
+        "pool.proj1+pool.proj2",  # its smoothing acts on the pooled features, too
         loss=_graph_loss,
         att_dim=16,
         sm_where="early",
@@ -339,7 +339,7 @@ LIBRARIES: list[Case] = [
         models.SmTransformerABMIL,
         _sm_transformer_abmil_scores,
         _POOL.format("proj2"),
-        None,  # its smoothing acts on the pooled features, too
+        "pool.proj1+pool.proj2",  # its smoothing acts on the pooled features, too
         loss=_graph_loss,
         pool_att_dim=16,
         **_ENCODER,
@@ -415,6 +415,7 @@ LIBRARIES: list[Case] = [
         models.DeepGraphSurv,
         _deepgraphsurv_scores,
         'AttentionSite("proj1d", layout="b n r")',
+        "layers_att.0+proj1d.module",
         loss=_graph_loss,
         att_dim=16,
     ),

@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from mil_anchor import AttentionSite
+from mil_anchor import AttentionSite, GatedSite
+from mil_anchor.sites.discovery import NothingToSeeError
+from mil_anchor.sites.score import activated
 from tests.sites.watching import bag, find
 
 
@@ -71,23 +73,45 @@ def test_discovery__two_attentions__lists_both_ready_to_paste():
 
 
 class Loose(Plain):
-    """The scorer's two layers are siblings without a product: nothing owns both."""
+    """The scorer's layers are siblings, joined by functions: nothing owns them."""
 
-    def __init__(self) -> None:
+    def __init__(self, join) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(6, 4), nn.Linear(4, 1)
+        self.first, self.gate, self.last = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(4, 1)
+        self.join = join
 
     def forward(self, features):
         hidden = self.encoder(features)
-        attention = self.last(torch.tanh(self.first(hidden))).softmax(dim=1)
+        attention = self.last(self.join(self, hidden)).softmax(dim=1)
         return self.head((attention * hidden).sum(dim=1))
 
 
+@pytest.mark.parametrize("first", [None, "tanh", "relu", "gelu"])
+@pytest.mark.parametrize("second", [None, "sigmoid"])
+def test_discovery__siblings_with_functional_activations__are_a_gated_site(first, second):
+    site = find(
+        Loose(lambda m, h: activated(m.first(h), first) * activated(m.gate(h), second)), bag()
+    )
+
+    expected = {"value_activation": first, "gate_activation": second, "layout": "b n r"}
+    either = [GatedSite("first", "gate", "last", **expected)]
+    if first == second is None:
+        either.append(GatedSite("gate", "first", "last", **expected))
+    assert site in either
+
+
+def test_discovery__siblings_without_a_gate__are_a_gated_site_without_one():
+    site = find(Loose(lambda m, h: torch.tanh(m.first(h))), bag())
+
+    assert site == GatedSite("first", None, "last", layout="b n r", value_activation="tanh")
+
+
 def test_discovery__no_module_owns_the_scorer__shows_candidates_and_kinds():
-    with pytest.raises(ValueError, match=r"scores of its softmax come from \['last'\]") as error:
-        find(Loose(), bag())
+    with pytest.raises(ValueError, match=r"scores of its softmax come from 'last', but") as error:
+        find(Loose(lambda m, h: torch.sin(m.first(h))), bag())
 
     message = str(error.value)
+    assert "perhaps AnchorCallback('last') for that layer alone" in message
     assert "first (1, 7, 6) -> (1, 7, 4); last (1, 7, 4) -> (1, 7, 1)" in message
     for kind in ("GatedSite", "ClassTokenSite", "MultiheadSite", "CriticalInstanceSite"):
         assert kind in message
@@ -98,20 +122,92 @@ def test_discovery__attention_of_products__guesses_the_kind():
         def __init__(self) -> None:
             super().__init__()
             self.mixer = nn.MultiheadAttention(6, 2, batch_first=True)
-            self.qkv = nn.Linear(6, 18)
+            self.wide = nn.Linear(6, 18)
+            self.inner.heads = 2
+            self.inner.qkv = nn.Linear(6, 18)
 
         def forward(self, features):
             hidden = self.encoder(features)
             mixed, _ = self.mixer(hidden, hidden, hidden)
-            return self.head((mixed + self.qkv(hidden)[..., :6])[:, 0])
+            mixed = mixed + self.inner.qkv(hidden)[..., :6] + self.wide(hidden)[..., :6]
+            return self.head(mixed[:, 0])
 
     with pytest.raises(ValueError, match="must be found") as error:
         find(Encoded(), bag())
 
     assert (
         "perhaps AnchorCallback(MultiheadSite('mixer', class_token=True)) or "
-        "AnchorCallback(ClassTokenSite('qkv')): AttentionSite(" in str(error.value)
+        "AnchorCallback(ClassTokenSite('inner.qkv')): AttentionSite(" in str(error.value)
     )
+
+
+def test_discovery__several_of_a_list__offers_them_all_in_one_line():
+    class Heads(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Linear(6, 1) for _ in range(3)])
+
+        def forward(self, features):
+            hidden = self.encoder(features)
+            attention = [head(hidden).softmax(dim=1) for head in self.heads]
+            return self.head(sum((a * hidden).sum(dim=1) for a in attention))
+
+    with pytest.raises(ValueError, match=r"or AnchorCallback\(AttentionSite\('heads\.\*', layout="):
+        find(Heads(), bag())
+
+
+def test_discovery__temperature_that_trains__is_refused():
+    class Trained(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(()))
+            self.shift = nn.Parameter(torch.zeros(()))
+
+        def forward(self, features):
+            hidden = self.encoder(features)
+            scores = self.inner.scorer(hidden) * self.temperature.exp() / torch.e + self.shift
+            return self.head((scores.softmax(dim=1) * hidden).sum(dim=1))
+
+    with pytest.raises(ValueError, match=r"'inner\.scorer\.2', and parameters that train"):
+        find(Trained(), bag())
+
+
+def test_discovery__frozen_scorer__says_so_and_may_wait():
+    model = Plain()
+    model.inner.requires_grad_(False)
+
+    with pytest.raises(NothingToSeeError, match=r"'inner\.scorer\.2', whose parameters are frozen"):
+        find(model, bag())
+
+
+def test_discovery__equal_scores__show_nothing():
+    model = Plain()
+    nn.init.zeros_(model.inner.scorer[-1].weight)
+
+    with pytest.raises(NothingToSeeError):
+        find(model, bag())
+
+
+def test_discovery__convolution_over_instances__has_them_last():
+    class Convolved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scorer = nn.Conv1d(5, 1, 1)
+
+        def forward(self, features):
+            x = features.mT
+            return (self.scorer(x).softmax(dim=-1) * x).sum(dim=-1)
+
+    assert find(Convolved(), bag(2, 7)) == AttentionSite("scorer", layout="b r n")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_discovery__scripted_part__is_passed_over():
+    model = Plain()
+    model.encoder = torch.jit.script(model.encoder)
+
+    assert find(model, bag()).block == "inner.scorer"
+    assert not model._forward_hooks
 
 
 def test_discovery__no_softmax_over_instances__says_so():

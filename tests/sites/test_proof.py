@@ -62,7 +62,10 @@ def test_proof__softmax_in_any_spelling__is_recognised(normalize):
 @pytest.mark.parametrize(
     ("normalize", "message"),
     [
-        (lambda s: (s / 2).softmax(dim=1), r"multiplies them by 0\.5 before.*scale=0\.5"),
+        (
+            lambda s: (s / 2).softmax(dim=1),
+            r"multiplies them by 0\.5 before.*constant, write.*scale=0\.5",
+        ),
         (lambda s: s.sigmoid() / s.sigmoid().sum(1, True), "normalises their sigmoids"),
         (lambda s: s.exp() / (1 + s.exp().sum(1, True)), r"weights sum to 0\.\d+"),
         (lambda s: s, "it ran no softmax over 7 instances"),
@@ -94,6 +97,15 @@ def test_proof__padding_that_the_batch_tells__is_accepted():
     assert _difference(lambda s: _masked(s, -1e9).softmax(dim=1), mask=MASK) is None
 
 
+def test_proof__mask_the_wrong_way_round__is_told():
+    inverted = ~MASK
+    inverted[0] = inverted[1]
+    both = _difference(
+        lambda s: s.masked_fill(inverted[..., None], -torch.inf).softmax(dim=1), mask=inverted
+    )
+    assert "True must mean a real instance" in both
+
+
 def test_proof__model_that_ignores_the_mask__is_told():
     difference = _difference(lambda s: s.softmax(dim=1), mask=MASK)
 
@@ -113,10 +125,14 @@ def test_is_provable__one_instance_or_nan__is_not():
     def attention(scores, mask=None):
         return [RecordedAttention(scores, mask, None)]
 
-    assert is_provable(attention(torch.zeros(1, 1, 2)))
+    scores = torch.tensor([[[0.0, 1.0]]])
+    assert is_provable(attention(scores))
+    assert is_provable(attention(torch.tensor([[[100.0, 100.01]]])))
+    assert not is_provable(attention(torch.zeros(1, 1, 2)))
+    assert not is_provable(attention(torch.full((1, 1, 3), 0.1)))
     assert not is_provable(attention(torch.zeros(3, 1, 1)))
-    assert not is_provable(attention(torch.zeros(1, 1, 2), torch.tensor([[True, False]])))
-    assert not is_provable(attention(torch.full((1, 1, 2), torch.nan)))
+    assert not is_provable(attention(scores, torch.tensor([[True, False]])))
+    assert not is_provable(attention(torch.tensor([[[0.0, torch.nan]]])))
     assert not is_provable([])
 
 

@@ -80,6 +80,19 @@ def test_register_site__condition__chooses_by_an_attribute():
     assert find_site(model).block == "layers.0"
 
 
+def test_register_site__condition_on_an_attribute_that_is_not_there__does_not_hold():
+    register_site(f"{__name__}.Known", AttentionSite("layers.0"), when="gated=True")
+
+    assert find_site(Known()).block == "layers.-1"
+
+
+def test_register_site__empty_name__is_refused_and_a_path_is_a_site():
+    with pytest.raises(ValueError, match="A class must have a name"):
+        register_site("", "a")
+    register_site(f"{__name__}.Known", "layers.0")
+    assert find_site(Known()) == AttentionSite("layers.0")
+
+
 def test_register_site__registered_again__is_the_one_asked_first():
     register_site(f"{__name__}.Known", AttentionSite("layers.0"))
 

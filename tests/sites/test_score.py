@@ -119,7 +119,7 @@ def test_site__without_layout__tells_it_from_the_input(features, shape, expected
 def test_site__ambiguous_or_unfitting_shape__asks_for_a_layout(features, shape):
     features = None if features is None else torch.randn(features)
 
-    with pytest.raises(ValueError, match=r"AttentionSite\('a', layout="):
+    with pytest.raises(ValueError, match=r"block 'a' can.*such as layout='b n r'"):
         _read(torch.randn(shape), features)
 
 
@@ -252,12 +252,41 @@ def test_site__scale_of_an_attribute_that_is_no_number__is_refused():
         del model.temperature
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), "2", "1/2", "a b", ""])
+def test_site__scale_that_cannot_be_one__is_refused(scale):
+    with pytest.raises(ValueError, match="scale must be a number above 0, or the name"):
+        AttentionSite("a", scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("output", "returned"), [(0, torch.zeros(2, 7)), (5, (1, 2)), ("a", (1, 2)), ("a", {"b": 1})]
+)
+def test_site__output_that_is_not_there__is_refused(output, returned):
+    call = ModuleCall("0", Scorer(returned), (torch.zeros(2, 7, 3),), {}, returned)
+    site = AttentionSite("a", output=output)
+    with pytest.raises(ValueError, match=f"output={output!r} must pick the scores from what"):
+        site.read([call], None)
+
+
+def test_site__path_of_a_multihead_attention__names_the_right_kind():
+    model = nn.Sequential(nn.MultiheadAttention(4, 2))
+
+    with pytest.raises(ValueError, match=r"Write MultiheadSite\('0'\)"):
+        AttentionSite("0").watched(model)
+
+
+def test_gated_site__unknown_activation__is_refused():
+    with pytest.raises(ValueError, match="must be one of tanh, sigmoid, relu, gelu or None, but"):
+        GatedSite("a", "b", "c", value_activation="sin")
+
+
 def test_site__within__moves_every_path():
     site = AttentionSite("heads.0", tap="x", scale="1/temperature").within("net")
 
     assert (site.block, site.tap, site.scale) == ("net.heads.0", "x", "1/net.temperature")
     assert AttentionSite("a", scale=2.0).within("").block == "a"
     assert GatedSite("a", "b", "c").within("net") == GatedSite("net.a", "net.b", "net.c")
+    assert GatedSite("a", None, "c").within("net") == GatedSite("net.a", None, "net.c")
 
 
 def test_site__tap_that_does_not_run__is_named():
@@ -283,7 +312,7 @@ def test_site__tap_that_runs_twice_in_its_block__is_refused():
         def forward(self, features):
             return self.score(features) + self.score(-features)
 
-    with pytest.raises(ValueError, match="'score' must run once in each call of .* '0'"):
+    with pytest.raises(ValueError, match=r"'score' must run once in each call of .* '0'"):
         read(nn.Sequential(Twice()), AttentionSite("0", tap="score"), {"features": bag()})
 
 

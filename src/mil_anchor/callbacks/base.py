@@ -6,17 +6,22 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from mil_anchor.callbacks.patch import TrainingPatch
-from mil_anchor.callbacks.recorder import AttentionRecorder, n_bags_of
+from mil_anchor.callbacks.processes import gather_objects
+from mil_anchor.callbacks.recorder import AttentionRecorder
+from mil_anchor.callbacks.search import search
 from mil_anchor.callbacks.watch import StepWatch
 from mil_anchor.sites.base import RecordedAttention, Site
-from mil_anchor.sites.discovery import discover
-from mil_anchor.sites.proof import find_difference, is_provable
+from mil_anchor.sites.discovery import NothingToSeeError
+from mil_anchor.sites.proof import find_difference, has_nan, is_provable
 from mil_anchor.sites.registry import as_site, known_site
+
+# Steps that may pass without attention (warm-ups, other losses) before the search gives up.
+_PATIENCE = 10
 
 
 class AttentionCallback(Callback, ABC):
@@ -41,12 +46,17 @@ class AttentionCallback(Callback, ABC):
         self.strict = strict
         self._recorder: AttentionRecorder | None = None
         self._guess: Site | None = None
+        self._n_observed = 0
+        self._proven_sizes: set[int] = set()
+        self._is_settled = False
+        self._why_not_found = ""
         self._patch: TrainingPatch | None = None
 
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(site=str(self.site))
+        site = None if self.site is None else str(as_site(self.site))
+        return self._generate_state_key(site=site)
 
     @property
     def module(self) -> LightningModule:
@@ -71,6 +81,8 @@ class AttentionCallback(Callback, ABC):
             site, is_certain = known_site(pl_module)
         else:
             site, is_certain = as_site(self.site), True
+        self._n_observed, self._proven_sizes = 0, set()
+        self._is_settled, self._why_not_found = False, ""
         # A model of a known name may be another one: the first step tells.
         self._guess = None if is_certain else site
         self._patch = TrainingPatch.of(pl_module)
@@ -92,6 +104,21 @@ class AttentionCallback(Callback, ABC):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
 
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._patch is None or self._n_observed == 0 or self._is_settled:
+            return
+        self._is_settled = True
+        if self._recorder is None:
+            self._give_up(self._why_not_found)
+        elif not self._proven_sizes:
+            rank_zero_warn(
+                f"{type(self).__name__} could not prove the scores of attention block "
+                f"'{self.online.site.path}' in this epoch: no bag had two instances with different "
+                "scores."
+            )
+        self._patch.dismiss(self)
+
     @property
     def needs_calls(self) -> bool:
         """Whether the attention must be found."""
@@ -104,80 +131,54 @@ class AttentionCallback(Callback, ABC):
 
     def observe(self, watch: StepWatch, batch: Any, loss: Tensor) -> bool:
         """Find the attention if it is unknown, and prove it; True once that is done."""
+        self._is_settled = self._observe(watch, batch, loss)
+        return self._is_settled
+
+    def _observe(self, watch: StepWatch, batch: Any, loss: Tensor) -> bool:
+        self._n_observed += 1
         if self._recorder is None:
-            try:
-                site = self._search(watch, batch, loss)
-            except ValueError as error:
-                self._give_up(str(error))
-                return True
+            site, error = self._agree(*self._search(watch, batch, loss))
             if site is None:
-                return False
+                if error is not None:
+                    self._give_up(error)
+                return error is not None
             self._attach(site)
             self.online.start()
             self.online.replay(watch.calls)
-        attention = self.online.look(batch)
-        if not is_provable(attention):
-            return False
-        self._prove(self.online.site, attention, watch)
-        return True
+        return self._prove(self.online.look(batch), watch)
 
-    def _search(self, watch: StepWatch, batch: Any, loss: Tensor) -> Site | None:
-        """The site that the step shows; None: it shows no attention, so wait for another.
-
-        Raises:
-            ValueError: What the step shows is not clear.
-        """
-        fits, is_readable = self._try_guess(watch, batch)
-        if fits:
-            return self._guess
+    def _search(self, watch: StepWatch, batch: Any, loss: Tensor) -> tuple[Site | None, str | None]:
+        """The site that the step shows, or an error; neither: wait for another step."""
         name = type(self).__name__
         try:
-            site = discover(
-                self.module,
-                watch.calls,
-                watch.seen,
-                loss=loss,
-                n_bags=n_bags_of(batch),
-                callback=name,
-            )
-        except ValueError:
-            if is_readable:  # the proof tells better what is wrong with it
-                return self._guess
-            # The attention of one instance: nothing can be seen there.
-            if any(softmax.scores.shape[-1] == 1 for softmax in watch.seen):
-                return None
-            raise
-        rank_zero_info(
-            f"{name}: found the attention of {type(self.module).__name__} in '{site.path}'. "
-            f"To name it: {name}({site})."
-        )
-        return site
+            site = search(self.module, self._guess, watch, batch=batch, loss=loss, callback=name)
+        except NothingToSeeError as error:
+            self._why_not_found = str(error)
+            return None, self._why_not_found if self._n_observed >= _PATIENCE else None
+        except ValueError as error:
+            return None, str(error)
+        return site, None
 
-    def _try_guess(self, watch: StepWatch, batch: Any) -> tuple[bool, bool]:
-        """Whether the site of the model's name fits what the step has run; whether it reads."""
-        if self._guess is None:
-            return False, False
-        recorder = AttentionRecorder(self.module, self._guess, only_with_grad=True)
-        try:
-            recorder.replay(watch.calls)
-            attention = recorder.look(batch)
-        except (ValueError, RuntimeError):
-            return False, False
-        finally:
-            recorder.remove()
-        is_readable = is_provable(attention) and any(
-            parameter.requires_grad for parameter in recorder.block.parameters()
-        )
-        fits = is_readable and (
-            not recorder.site.must_be_proven
-            or find_difference(recorder.site, attention, watch.seen) is None
-        )
-        return fits, is_readable
+    def _agree(self, site: Site | None, error: str | None) -> tuple[Site | None, str | None]:
+        """One answer for all processes, whose anchors start together."""
+        answers = gather_objects((site, error))
+        sites = [own for own, _ in answers if own is not None]
+        errors = [own for _, own in answers if own is not None]
+        return (sites[0], None) if sites else (None, errors[0] if errors else None)
 
-    def _prove(self, site: Site, attention: Sequence[RecordedAttention], watch: StepWatch) -> None:
-        difference = find_difference(site, attention, watch.seen)
-        if difference is None or not site.must_be_proven:
-            return
+    def _prove(self, attention: Sequence[RecordedAttention], watch: StepWatch) -> bool:
+        """Compare the scores with what the model's softmax got; True: no further step is needed."""
+        site = self.online.site
+        if not site.must_be_proven or not attention:
+            return not site.must_be_proven
+        difference = None if has_nan(attention) else find_difference(site, attention, watch.seen)
+        if difference is None:
+            # One instance, or equal scores, agree with everything; and a scale may be no constant.
+            if is_provable(attention):
+                self._proven_sizes.add(attention[0].scores.shape[-1])
+            n_needed = 1 if getattr(site, "scale", 1) in (1, None) else 2
+            late = bool(self._proven_sizes) and self._n_observed >= _PATIENCE
+            return len(self._proven_sizes) >= n_needed or late
         why = (
             f"The scores of attention block '{site.path}' must be what the model's softmax gets, "
             f"but {difference}."
@@ -188,6 +189,7 @@ class AttentionCallback(Callback, ABC):
                 "whose attention is no plain softmax of their scores."
             )
         rank_zero_warn(why)
+        return True
 
     def _attach(self, site: Site) -> None:
         self._recorder = AttentionRecorder(self.module, site, only_with_grad=self._only_with_grad)

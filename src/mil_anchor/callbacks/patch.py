@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -27,6 +27,9 @@ class LossTerm(Protocol):
 
     def end_step(self) -> None:
         """The training step is over, by return or by exception: keep nothing of it."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Record nothing while the context is open."""
 
     def describe_missing(self) -> str:
         """What to tell the user when a whole training step gave no term."""
@@ -141,7 +144,13 @@ class TrainingPatch:
             if term.has_recorded:
                 loss = _plus(loss, term.take_term())
                 self._taken.add(id(term))
-        backward(loss, *args, **kwargs)
+        with ExitStack() as stack:
+            # Checkpointed parts run again in there.
+            for term in self._terms:
+                stack.enter_context(term.paused())
+            if self._watch is not None:
+                stack.enter_context(self._watch.paused())
+            backward(loss, *args, **kwargs)
 
     def _add_terms_to_result(self, result: Any) -> Any:
         if isinstance(result, Tensor):
@@ -172,11 +181,12 @@ class TrainingPatch:
         for term in self._terms:
             if id(term) in self._taken:
                 continue
-            if term.has_recorded:
+            bypassed = not self._called_manual_backward and bool(self._watch and self._watch.calls)
+            if term.has_recorded or (term.is_searching and bypassed):
                 raise MisconfigurationException(
                     "With manual optimization the loss must go through self.manual_backward(loss) "
-                    "so that a plug-in can add its term, but this training step ran the attention "
-                    "block without it. Replace loss.backward()."
+                    "so that a plug-in can add its term, but this training step ran the model "
+                    "without it. Replace loss.backward()."
                 )
             if self._called_manual_backward and not term.is_searching:
                 raise MisconfigurationException(term.describe_missing())

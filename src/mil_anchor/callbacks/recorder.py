@@ -1,11 +1,13 @@
 """Records what an attention block does while a model runs."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.hooks import RemovableHandle
 
 from mil_anchor.sites.base import (
@@ -36,10 +38,16 @@ class CallRecorder:
         self._only_with_grad = only_with_grad
         self._narrow = narrow
         self._recording = False
-        self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(_Hook(self, name), with_kwargs=True)
-            for name, module in watched.items()
-        ]
+        self._handles: list[RemovableHandle] = []
+        for name, module in watched.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                self.remove()
+                raise ValueError(
+                    f"The attention must run in Python to be seen, but {type(module).__name__} of "
+                    f"'{name}' was compiled by torch.jit. Script the model after training."
+                )
+            hook = _Hook(self, name)
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def start(self) -> None:
         """Forget earlier calls and record from now on."""
@@ -50,6 +58,15 @@ class CallRecorder:
         """Stop recording and forget the calls that were not taken."""
         self._recording = False
         self.calls = []
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing while the context is open."""
+        recording, self._recording = self._recording, False
+        try:
+            yield
+        finally:
+            self._recording = recording
 
     def remove(self) -> None:
         """Take the hooks off the model and forget everything."""
@@ -64,6 +81,8 @@ class CallRecorder:
         with_grad = torch.is_grad_enabled()
         if not self._recording or (self._only_with_grad and not with_grad):
             return
+        if any(is_functorch_wrapped_tensor(x) for x in tensors_in((args, kwargs, output))):
+            return  # under vmap there is no tensor to keep
         size = max((x.numel() for x in tensors_in((args, kwargs))), default=0) // self._narrow
         kept = map_tensors(lambda x: x.clone() if x.numel() <= size else x, output)
         versions = (versions_of((args, kwargs)), versions_of(kept)) if with_grad else None
@@ -180,9 +199,14 @@ def _batch_mask(batch: Any) -> Tensor | None:
 
 def n_bags_of(batch: Any) -> int | None:
     """Number of bags in a batch, where it tells it."""
-    for name in ("mask", "label", "bag_id"):
+    for name in ("mask", "bag_id", "features", "label"):
         entry = batch_entry(batch, name)
-        if (isinstance(entry, Tensor) and entry.ndim > 0) or isinstance(entry, list | tuple):
+        if isinstance(entry, Tensor):
+            # Flat features and labels of several numbers count something else.
+            n_axes = {"features": 3, "label": 1}.get(name, 0)
+            if entry.ndim >= max(n_axes, 1) and (name != "label" or entry.ndim == 1):
+                return len(entry)
+        elif name == "bag_id" and isinstance(entry, list | tuple):
             return len(entry)
     return None
 

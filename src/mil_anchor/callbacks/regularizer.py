@@ -1,6 +1,8 @@
 """The mechanism of every plug-in: a penalty on the attention of each training step."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +16,6 @@ from mil_anchor.callbacks.base import AttentionCallback
 from mil_anchor.callbacks.patch import TrainingPatch
 from mil_anchor.callbacks.processes import weighted_mean
 from mil_anchor.callbacks.recorder import batch_entry
-from mil_anchor.callbacks.watch import StepWatch
 from mil_anchor.sites.base import RecordedAttention, Site
 
 # By name, since the package pytorch_lightning has classes of its own.
@@ -65,7 +66,6 @@ class AttentionRegularizer(AttentionCallback):
         super().__init__(site, strict=strict)
         self.weight = weight
         self._batch: Any = None
-        self._has_searched = False
         self._values: list[Tensor] = []
         self._n_values: list[int] = []
 
@@ -93,10 +93,10 @@ class AttentionRegularizer(AttentionCallback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
         if not self._values:
-            # Automatic optimization has raised in the first step, unless every step was skipped, or
-            # all of them showed no attention.
-            if not pl_module.automatic_optimization or self._has_searched:
+            # Automatic optimization has raised in the first step, unless every step was skipped.
+            if not pl_module.automatic_optimization:
                 raise MisconfigurationException(self.describe_missing())
             return
         mean = weighted_mean(self._values, self._n_values)
@@ -109,12 +109,6 @@ class AttentionRegularizer(AttentionCallback):
         suffix = f"/{self.online.site.path}" if others else ""
         values = self.log_values(mean)
         pl_module.log_dict({f"{key}{suffix}": value for key, value in values.items()})
-
-    @override
-    def observe(self, watch: StepWatch, batch: Any, loss: Tensor) -> bool:
-        done = super().observe(watch, batch, loss)
-        self._has_searched = self._recorder is None
-        return done
 
     def start_step(self, batch: Any) -> None:
         """Record from here on."""
@@ -131,7 +125,8 @@ class AttentionRegularizer(AttentionCallback):
                 penalties = torch.cat([self.penalty(call).flatten() for call in calls])
             except ValueError as error:
                 ids = batch_entry(self._batch, "bag_id")
-                raise ValueError(f"In the batch of bags {ids}: {error}") from error
+                where = "" if ids is None else f"In the batch of bags {ids}: "
+                raise ValueError(f"{where}{error}") from error
             mean = penalties.mean()
         self._values.append(mean.detach())
         self._n_values.append(len(penalties))
@@ -159,6 +154,12 @@ class AttentionRegularizer(AttentionCallback):
             "and run before fit (torch._dynamo.reset() cures that)."
         )
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing: what runs now has run before."""
+        with nullcontext() if self._recorder is None else self._recorder.paused():
+            yield
+
     @property
     def has_recorded(self) -> bool:
         """Whether the block has run since the last term was taken."""
@@ -173,5 +174,4 @@ class AttentionRegularizer(AttentionCallback):
     def _detach(self) -> None:
         super()._detach()
         self._batch = None
-        self._has_searched = False
         self._values, self._n_values = [], []

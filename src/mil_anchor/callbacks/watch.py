@@ -1,7 +1,7 @@
 """Watches everything that a training step runs: for discovery and proof."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 
 import torch
@@ -34,7 +34,11 @@ class StepWatch:
     def watch_calls(self) -> None:
         """Record the calls of every submodule as well."""
         if self._recorder is None:
-            watched = {path: module for path, module in self._root.named_modules() if path}
+            watched = {
+                path: module
+                for path, module in self._root.named_modules()
+                if path and not isinstance(module, torch.jit.ScriptModule)
+            }
             self._recorder = CallRecorder(watched, only_with_grad=True, narrow=_NARROW)
 
     @property
@@ -67,10 +71,13 @@ class StepWatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Record no normalisations: what runs now is not the model's."""
+        """Record nothing: what runs now is not the model's, or has run before."""
         self._normalizations.active = False
-        yield
-        self._normalizations.active = True
+        try:
+            with nullcontext() if self._recorder is None else self._recorder.paused():
+                yield
+        finally:
+            self._normalizations.active = True
 
     def remove(self) -> None:
         """Take the hooks off the model."""

@@ -165,7 +165,7 @@ class Site(ABC):
     def __str__(self) -> str:
         """Source text of the site, to paste."""
         if not dataclasses.is_dataclass(self):
-            return repr(self)
+            return f"{type(self).__name__}({self.path!r})"
         parts = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

@@ -1,8 +1,10 @@
 """Discovery: finds the attention of an unknown model in what one training step has run."""
 
+import math
+import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import permutations
+from dataclasses import dataclass, replace
+from itertools import permutations, product
 from typing import Any
 
 import torch
@@ -12,8 +14,8 @@ from mil_anchor.sites.base import ModuleCall, Site, find_submodule
 from mil_anchor.sites.layout import arrange, possible_layouts
 from mil_anchor.sites.normalizations import Normalization
 from mil_anchor.sites.products import ClassTokenSite, MultiheadSite
-from mil_anchor.sites.proof import MASKED
-from mil_anchor.sites.score import AttentionSite, GatedSite
+from mil_anchor.sites.proof import MASKED, varies
+from mil_anchor.sites.score import ACTIVATIONS, AttentionSite, GatedSite, activated
 
 KINDS = (
     "AttentionSite(block, tap=...) where a submodule puts out the scores; GatedSite(value, gate, "
@@ -23,6 +25,13 @@ KINDS = (
 )
 
 _VIEWS = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "T", "Permute", "AsStrided")
+
+
+_NORMALIZERS = ("SoftmaxBackward", "LogSoftmaxBackward", "SafeSoftmaxBackward", "ExpBackward")
+
+
+class NothingToSeeError(ValueError):
+    """A step has run no attention with gradients; another step may."""
 
 
 @dataclass(frozen=True)
@@ -60,37 +69,53 @@ def discover(
         callback: The class that the lines to paste are for.
 
     Raises:
-        ValueError: No submodule is the tap, no block fits around it, or several taps do; the
-            message lists what there is, ready to paste.
+        NothingToSeeError: No submodule is the tap, or its parameters are frozen.
+        ValueError: No block fits around it, or several taps do; the message lists what there is,
+            ready to paste.
     """
-    found: dict[str, Site | None] = {}
+    found: dict[str, Site | str] = {}
     for tap in _taps(calls, seen, n_bags):
         if tap.call.name not in found:
             found[tap.call.name] = _site_around(root, calls, tap, loss, n_bags)
-    sites = list(dict.fromkeys(site for site in found.values() if site is not None))
-    unclear = [name for name, site in found.items() if site is None]
+    sites = list(dict.fromkeys(site for site in found.values() if isinstance(site, Site)))
+    unclear = {name: reason for name, reason in found.items() if isinstance(reason, str)}
     inner = [site for site in sites if all(_is_inside(site, other) for other in sites)]
     if len(inner) == 1 and not unclear:
         return inner[0]
     model = type(root).__name__
     if sites:
-        lines = [f"{callback}({site})" for site in sites]
+        lines = [f"{callback}({site})" for site in (*sites, *_all_of(sites))]
         raise ValueError(
             f"One attention block must be meant, but the softmaxes over instances that {model} "
             f"runs get their scores from {list(found)}. Name one: {' or '.join(lines)}."
         )
-    why = (
-        f"the scores of its softmax come from {unclear}, but no submodule around takes instance "
-        "features and owns all parameters of that scorer and no others"
-        if unclear
-        else "no submodule that ran with gradients put out the argument of a softmax over instances"
+    why = " and ".join(
+        f"the scores of its softmax come from '{name}', {reason}"
+        for name, reason in unclear.items()
     )
-    guesses = [f"{callback}({site})" for site in _guesses(calls)]
-    raise ValueError(
-        f"The attention of {model} must be found, but {why}. Say where it is"
+    guesses = [f"{callback}({site})" for site in _guesses(root, calls)]
+    guesses += [f"{callback}('{name}') for that layer alone" for name in unclear]
+    nothing = (
+        "no submodule that ran with gradients put out the argument of a softmax over instances"
+    )
+    kind = (
+        NothingToSeeError if all(_FROZEN in reason for reason in unclear.values()) else ValueError
+    )
+    raise kind(
+        f"The attention of {model} must be found, but {why or nothing}. Say where it is"
         f"{', perhaps ' + ' or '.join(guesses) if guesses else ''}: {KINDS}. "
         f"Submodules that put out something for each instance: {_candidates(calls)}."
     )
+
+
+_FROZEN = "whose parameters are frozen"
+_NO_OWNER = (
+    "but no submodule around takes instance features and owns all parameters of that scorer and no "
+    "others"
+)
+_TRAINED_BETWEEN = (
+    "and parameters that train, a temperature perhaps, come between it and the softmax"
+)
 
 
 def _taps(
@@ -99,7 +124,8 @@ def _taps(
     """Of each softmax over two or more instances, the first module that put out its argument."""
     outputs = [(call, key, value) for call in calls for key, value in _outputs(call.returned)]
     for softmax in seen:
-        if softmax.function == "sigmoid" or softmax.scores.shape[-1] < 2:
+        # Equal scores are equal to the output of any layer that starts with zeros.
+        if softmax.function == "sigmoid" or not varies(softmax.scores):
             continue
         matches = []
         for call, key, value in outputs:
@@ -176,7 +202,8 @@ def _centred(values: Tensor, real: Tensor) -> Tensor:
 
 def _site_around(
     root: nn.Module, calls: Sequence[ModuleCall], tap: _Tap, loss: Tensor, n_bags: int | None
-) -> Site | None:
+) -> Site | str:
+    """The site with the smallest block around a tap, or why there is none."""
     # Each call of the tap is a way to the loss that leads through scores.
     scores = [
         value
@@ -185,21 +212,25 @@ def _site_around(
         for key, value in _outputs(call.returned)
         if key == tap.output
     ]
-    scorer, others = _parameters_of(scores, loss)
-    if not scorer:
-        return None
+    nodes = _nodes_of(scores)
+    others = _leaves([loss.grad_fn], without=nodes)
+    below = _leaves(nodes, without=[])
+    if not below - others:
+        return _FROZEN
+    if _trained_between(nodes, loss) - below:
+        return _TRAINED_BETWEEN
     path = tap.call.name
     while path:
         owned = {id(p) for p in find_submodule(root, path).parameters()}
         if owned & others:
             break
         block_call = next((call for call in calls if call.name == path), None)
-        if block_call is not None and scorer <= owned:
+        if block_call is not None and below - others <= owned:
             layout = _layout(tap, block_call.features, n_bags)
             if layout is not None:
                 return _declared(block_call, tap, layout)
         path = path.rpartition(".")[0]
-    return _gated(root, calls, tap, scorer, n_bags)
+    return _siblings(root, calls, tap, below - others, n_bags) or _NO_OWNER
 
 
 def _declared(block_call: ModuleCall, tap: _Tap, layout: str) -> AttentionSite:
@@ -214,41 +245,63 @@ def _declared(block_call: ModuleCall, tap: _Tap, layout: str) -> AttentionSite:
     )
 
 
-def _gated(
+def _siblings(
     root: nn.Module,
     calls: Sequence[ModuleCall],
     tap: _Tap,
     scorer: Collection[int],
     n_bags: int | None,
 ) -> Site | None:
-    """Sibling modules V and U whose product the tap has got."""
-    product = tap.call.features
+    """Sibling modules V and U, or V alone, whose (product of) activations the tap has got."""
+    hidden = tap.call.features
+    if hidden is None or tap.scale != 1:
+        return None
     factors: list[ModuleCall] = []
     for call in calls:
-        owned = {id(p) for p in find_submodule(root, call.name).parameters()}
-        output = call.returned
-        if owned and owned <= set(scorer) and isinstance(output, Tensor) and product is not None:
+        owned = _owned(root, call)
+        if owned and owned <= set(scorer) and isinstance(call.returned, Tensor):
             # The outer of two modules with one output comes later.
             factors = [f for f in factors if not f.name.startswith(f"{call.name}.")]
-            factors += [call] if output.shape == product.shape else []
-    for value in factors:
-        for gate in factors:
-            if value is gate or product is None:
-                continue
-            if torch.allclose(value.returned * gate.returned, product, rtol=1e-6, atol=0):
-                layout = _layout(tap, value.features, n_bags)
-                owned = {
-                    id(p)
-                    for call in (value, gate, tap.call)
-                    for p in find_submodule(root, call.name).parameters()
-                }
-                if layout is not None and set(scorer) <= owned and tap.scale == 1:
-                    return GatedSite(value.name, gate.name, tap.call.name, layout=layout)
+            factors += [call] if call.returned.shape == hidden.shape else []
+    gates = [None, *factors]
+    for value, gate in ((value, gate) for value in factors for gate in gates if value is not gate):
+        parts = [value, tap.call] + ([] if gate is None else [gate])
+        if not set(scorer) <= set().union(*(_owned(root, part) for part in parts)):
+            continue
+        layout = _layout(tap, value.features, n_bags)
+        activations = _activations(value, gate, hidden)
+        if layout is not None and activations is not None:
+            return GatedSite(
+                value.name,
+                None if gate is None else gate.name,
+                tap.call.name,
+                layout=layout,
+                value_activation=activations[0],
+                gate_activation=activations[1],
+            )
     return None
 
 
-def _parameters_of(scores: Sequence[Tensor], loss: Tensor) -> tuple[set[int], set[int]]:
-    """Parameters through which only the scores reach the loss, and all the others of the loss."""
+def _owned(root: nn.Module, call: ModuleCall) -> set[int]:
+    return {id(parameter) for parameter in find_submodule(root, call.name).parameters()}
+
+
+def _activations(
+    value: ModuleCall, gate: ModuleCall | None, hidden: Tensor
+) -> tuple[str | None, str | None] | None:
+    """What turns the outputs of the siblings into what the tap got; None: nothing known."""
+    of_gate: list[str | None] = [None] if gate is None else [None, "sigmoid"]
+    for first, second in product((None, *ACTIVATIONS), of_gate):
+        mine = activated(value.returned, first)
+        if gate is not None:
+            mine = mine * activated(gate.returned, second)
+        if torch.allclose(mine, hidden, rtol=1e-5, atol=1e-7):
+            return first, second
+    return None
+
+
+def _nodes_of(scores: Sequence[Tensor]) -> list[Any]:
+    """Where the scores are in the autograd graph."""
     nodes: list[Any] = []
     for tensor in scores:
         node = tensor.grad_fn
@@ -259,24 +312,56 @@ def _parameters_of(scores: Sequence[Tensor], loss: Tensor) -> tuple[set[int], se
         while node is not None and node.name().startswith(_VIEWS):
             node = node.next_functions[0][0]
             nodes.append(node)
-    others = _leaves([loss.grad_fn], without=nodes)
-    return _leaves(nodes, without=[]) - others, others
+    return nodes
 
 
-def _leaves(start: Sequence[Any], *, without: Sequence[Any]) -> set[int]:
-    """Ids of the parameters below some nodes of the autograd graph, not passing others."""
-    leaves: set[int] = set()
-    known = set(without)
+def _trained_between(nodes: Sequence[Any], loss: Tensor) -> set[int]:
+    """Parameters that come in between the scores and the normalisation that they go into."""
+    users: dict[Any, list[Any]] = {}
+    for node in _walk([loss.grad_fn], without=nodes):
+        for following, _ in node.next_functions:
+            users.setdefault(following, []).append(node)
+    # Upwards from the scores, up to the next normalisation.
+    upwards: set[Any] = set()
+    normalizers = []
+    waiting = [user for node in nodes for user in users.get(node, [])]
+    while waiting:
+        node = waiting.pop()
+        if node in upwards:
+            continue
+        upwards.add(node)
+        if node.name().startswith(_NORMALIZERS):
+            normalizers.append(node)
+        else:
+            waiting += users.get(node, [])
+    # Downwards from there on the same ways: what else comes in.
+    beside = [
+        following
+        for node in _walk(normalizers, without=nodes)
+        if node in upwards
+        for following, _ in node.next_functions
+        if following not in upwards and following not in nodes
+    ]
+    return _leaves(beside, without=nodes)
+
+
+def _walk(start: Sequence[Any], *, without: Sequence[Any]) -> Iterator[Any]:
+    """The nodes below some nodes of the autograd graph, themselves too, not passing others."""
+    known = {None, *without}
     waiting = list(start)
     while waiting:
         node = waiting.pop()
-        if node is None or node in known:
+        if node in known:
             continue
         known.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
+        yield node
         waiting += [following for following, _ in node.next_functions]
-    return leaves
+
+
+def _leaves(start: Sequence[Any], *, without: Sequence[Any]) -> set[int]:
+    """Ids of the parameters below some nodes."""
+    nodes = _walk(start, without=without)
+    return {id(node.variable) for node in nodes if hasattr(node, "variable")}
 
 
 def _layout(tap: _Tap, features: Tensor | None, n_bags: int | None) -> str | None:
@@ -287,7 +372,10 @@ def _layout(tap: _Tap, features: Tensor | None, n_bags: int | None) -> str | Non
     first, second = features.shape[:2]
     if features.ndim > 2:
         # Bags first, as everywhere, or instances first, as some transformers have it.
-        n_bags_possible = [first] * (second == n_instances) + [second] * (first == n_instances)
+        # Convolutions have them last.
+        third = features.shape[2]
+        n_bags_possible = [first] * (n_instances in (second, third))
+        n_bags_possible += [second] * (first == n_instances)
     else:
         fits = first in (n_instances, (n_bags or 1) * n_instances)
         n_bags_possible = [first // n_instances] * fits
@@ -305,18 +393,29 @@ def _has_rows_of(tap: _Tap, layout: str, n_bags: int) -> bool:
     scores = arrange(tap.scores.detach(), layout, tap.call.name, n_bags)
     target = tap.softmax.scores.reshape(-1, scores.shape[-1])
     free_constant = tap.softmax.function == "exp"
-    return any(
-        _factor(rows.reshape(target.shape), target, free_constant=free_constant) == tap.scale
+    factors = [
+        _factor(rows.reshape(target.shape), target, free_constant=free_constant)
         for rows in (scores, scores.transpose(0, 1))
         if rows.numel() == target.numel()
-    )
+    ]
+    return any(f is not None and math.isclose(f, tap.scale, rel_tol=1e-4) for f in factors)
 
 
 def _is_inside(site: Site, other: Site) -> bool:
     return site == other or site.path.startswith(f"{other.path}.")
 
 
-def _guesses(calls: Sequence[ModuleCall]) -> list[Site]:
+def _all_of(sites: Sequence[Site]) -> list[Site]:
+    """One site for several blocks whose paths differ in numbers only."""
+    patterns = {re.sub(r"(?<![^.])\d+(?![^.])", "*", site.path) for site in sites}
+    patterns = {re.sub(r"\d+", "[0-9]*", pattern) for pattern in patterns}
+    alike = {replace(site, block="") if isinstance(site, AttentionSite) else site for site in sites}
+    if len(patterns) == len(alike) == 1 and isinstance(sites[0], AttentionSite) and len(sites) > 1:
+        return [replace(sites[0], block=patterns.pop())]
+    return []
+
+
+def _guesses(root: nn.Module, calls: Sequence[ModuleCall]) -> list[Site]:
     """Sites of query-key products: which submodules they can be at, though not what they mean."""
     guesses: dict[str, Site] = {}
     for call in calls:
@@ -327,6 +426,7 @@ def _guesses(calls: Sequence[ModuleCall]) -> list[Site]:
         elif (
             isinstance(call.module, nn.Linear)
             and call.module.out_features == 3 * call.module.in_features
+            and ClassTokenSite(call.name).exists_in(root)
         ):
             guesses[call.name] = ClassTokenSite(call.name)
     return list(guesses.values())

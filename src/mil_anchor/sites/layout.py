@@ -54,7 +54,7 @@ def tell_layout(scores: Tensor, features: Tensor | None, path: str) -> str:
         raise ValueError(
             f"The layout of the scores of block '{path}' can only be told when its first input is "
             f"(bag, instance, width) or (instance, width), but that is {describe(features)}. "
-            f"Write AttentionSite('{path}', layout='b n r') with the axes that hold."
+            "Give the site its layout, such as layout='b n r', with the axes that hold."
         )
     fitting = fitting_layouts(scores, features)
     # With one row, both readings of a one-instance bag are the same.
@@ -64,7 +64,7 @@ def tell_layout(scores: Tensor, features: Tensor | None, path: str) -> str:
     raise ValueError(
         f"The layout of the scores of block '{path}' cannot be told: it takes "
         f"{describe(features)} and returns {describe(scores)}. "
-        f"Write AttentionSite('{path}', layout='b n r') with the axes that hold."
+        "Give the site its layout, such as layout='b n r', with the axes that hold."
     )
 
 
@@ -73,13 +73,19 @@ def fitting_layouts(scores: Tensor, features: Tensor | None) -> list[str]:
     if features is None or features.ndim not in (2, 3):
         return []
     batched = features.ndim == 3
-    return [
-        layout
-        for layout in (("b n r", "b r n", "b n") if batched else ("n r", "r n", "n"))
-        if len(layout.split()) == scores.ndim
-        and scores.shape[layout.split().index("n")] == features.shape[-2]
-        and (not batched or scores.shape[0] == features.shape[0])
-    ]
+    layouts = ("b n r", "b r n", "b n") if batched else ("n r", "r n", "n")
+    # Convolutions have the instances in the last axis.
+    for n_instances in (features.shape[-2], features.shape[-1]):
+        fitting = [
+            layout
+            for layout in layouts
+            if len(layout.split()) == scores.ndim
+            and scores.shape[layout.split().index("n")] == n_instances
+            and (not batched or scores.shape[0] == features.shape[0])
+        ]
+        if fitting:
+            return fitting
+    return []
 
 
 def possible_layouts(shape: tuple[int, ...], *, n_bags: int, n_instances: int) -> list[str]:

@@ -296,11 +296,15 @@ class CriticalInstanceSite(Site):
         if self.classifier is None:
             queries, choices = queries[::2], queries[1::2]
         if len(queries) != len(choices):
-            what = "an even number of times" if self.classifier is None else "as often"
+            once = (
+                f"be called once for each call of '{self.classifier}', or twice without classifier="
+                if self.classifier is not None
+                else "be called on the instances and on the critical ones, or name a classifier="
+            )
             raise ValueError(
-                f"'{self.query}' must run {what} as '{self.classifier or 'on both inputs'}', but "
-                f"there were {len(queries)} and {len(choices)} calls. Name the network that "
-                "runs on the instances and on the critical ones, or classifier=..."
+                f"'{self.query}' must {once}, but it was called "
+                f"{len(queries) + (0 if self.classifier else len(choices))} times"
+                f"{f', the classifier {len(choices)}' if self.classifier else ''}."
             )
         read = []
         for queried, chosen in zip(queries, choices, strict=True):

@@ -14,9 +14,26 @@ MASKED = -1e8
 
 
 def is_provable(attention: Sequence[RecordedAttention]) -> bool:
-    """Whether some bag has two instances, as the attention of one is always one, and no NaN."""
-    finite = all(not bool(read.scores.isnan().any()) for read in attention)
-    return finite and any(int(_real(read).sum(dim=-1).amax()) > 1 for read in attention)
+    """Whether some row has two scores that differ by more than rounding."""
+    return not has_nan(attention) and any(
+        varies(read.scores.detach().masked_fill(~_real(read).unsqueeze(1), -torch.inf))
+        for read in attention
+    )
+
+
+def has_nan(attention: Sequence[RecordedAttention]) -> bool:
+    """Whether a score is NaN: for the numerics to refuse, with the bag's name."""
+    return any(bool(read.scores.isnan().any()) for read in attention)
+
+
+def varies(scores: Tensor) -> bool:
+    """Whether some row has two unmasked entries that differ by more than rounding."""
+    real = scores > MASKED
+    highest = scores.amax(dim=-1)
+    lowest = scores.masked_fill(~real, torch.inf).amin(dim=-1)
+    largest = scores.masked_fill(~real, 0).abs().amax(dim=-1)
+    spread = (highest - lowest).masked_fill(~real.any(dim=-1), 0)
+    return bool((spread > 64 * torch.finfo(scores.dtype).eps * largest).any())
 
 
 def find_difference(
@@ -98,7 +115,14 @@ def _difference(row: Tensor, real: Tensor, candidates: _Candidates) -> str:
     # The surest sign first.
     explanations = (
         explain(row, real, candidates)
-        for explain in (_is_output, _is_not_plain, _is_masked_later, _covers_padding, _is_scaled)
+        for explain in (
+            _is_output,
+            _is_not_plain,
+            _is_inverted,
+            _is_masked_later,
+            _covers_padding,
+            _is_scaled,
+        )
     )
     return next(
         (explanation for explanation in explanations if explanation is not None),
@@ -130,6 +154,18 @@ def _is_not_plain(row: Tensor, real: Tensor, candidates: _Candidates) -> str | N
             return (
                 f"the model does not apply a plain softmax to them: its weights sum to {total:.4g}"
             )
+    return None
+
+
+def _is_inverted(row: Tensor, real: Tensor, candidates: _Candidates) -> str | None:
+    for _, rows in candidates:
+        if bool(real.all()) or not bool(_same(row, ~real, rows).any()):
+            continue
+        return (
+            f"the model's softmax covers just the {int((~real).sum())} instances that the mask "
+            "calls padding: True must mean a real instance. Invert the batch's 'mask', or write "
+            "AttentionSite(mask='~...')"
+        )
     return None
 
 
@@ -173,7 +209,7 @@ def _is_scaled(row: Tensor, real: Tensor, candidates: _Candidates) -> str | None
             error = (scale * own - theirs).abs().amax()
             if scale > 0 and bool(error <= 1e-4 * theirs.abs().amax()):
                 return (
-                    f"the model multiplies them by {scale:.6g} before its softmax. Write "
-                    f"AttentionSite(scale={scale:.6g})"
+                    f"the model multiplies them by {scale:.6g} before its softmax. If that is a "
+                    f"constant, write AttentionSite(scale={scale:.6g})"
                 )
     return None

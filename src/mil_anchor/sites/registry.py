@@ -11,17 +11,24 @@ from mil_anchor.sites.score import AttentionSite
 _REGISTRY: dict[str, list[tuple[Site, str]]] = {}
 
 
-def register_site(name: str, site: Site, *, when: str = "") -> None:
+def register_site(name: str, site: Site | str, *, when: str = "") -> None:
     """Make the attention of a model class known; nothing is imported.
 
     Args:
         name: The class as ``"package.module.Class"``; subclasses inherit the site. A bare
             ``"Class"`` means every class of that name that has the submodules which the site names,
             for code that is copied from project to project.
-        site: Its attention, with paths seen from the model.
+        site: Its attention, with paths seen from the model; a string is a path.
         when: ``"attribute=value"`` of the model for which the site holds; empty: always. Of several
             sites of one name the one registered last is asked first.
+
+    Raises:
+        TypeError: The site is neither a site nor a path.
+        ValueError: The name is empty.
     """
+    if not name:
+        raise ValueError("A class must have a name, such as 'package.module.Class', but got ''.")
+    site = as_site(site)
     _REGISTRY.setdefault(name, []).insert(0, (site, when))
 
 
@@ -119,7 +126,10 @@ def _lookup(module: nn.Module) -> tuple[str, Site | None]:
 
 def _holds(module: nn.Module, when: str) -> bool:
     attribute, _, value = when.partition("=")
-    return not when or str(attrgetter(attribute)(module)) == value
+    try:
+        return not when or str(attrgetter(attribute)(module)) == value
+    except AttributeError:
+        return False
 
 
 for _known in reversed(KNOWN_MODELS):

@@ -1,7 +1,8 @@
 """Sites whose scores a submodule puts out: declared by a path, or made of three siblings."""
 
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,6 +66,17 @@ class AttentionSite(Site):
     def __post_init__(self) -> None:
         if self.layout is not None:
             check_layout(self.layout)
+        if isinstance(self.scale, str):
+            path = self.scale.removeprefix("1/")
+            is_right = all(part.isidentifier() or part.isdigit() for part in path.split("."))
+            is_right = is_right and not path.isdigit()
+        else:
+            is_right = 0 < self.scale < math.inf
+        if not is_right:
+            raise ValueError(
+                "scale must be a number above 0, or the name of an attribute of the model such as "
+                f"'1/temperature', but got {self.scale!r}."
+            )
 
     @property
     @override
@@ -104,6 +116,12 @@ class AttentionSite(Site):
                 taps = find_submodules(block, self.tap)
                 modules |= {f"{index} tap {row}": tap for row, (_, tap) in enumerate(taps)}
             modules[f"{index}"] = block
+        for module in modules.values():
+            if isinstance(module, nn.MultiheadAttention):
+                raise ValueError(
+                    f"'{joined(self.block, self.tap)}' is an nn.MultiheadAttention, which puts out "
+                    f"no raw scores. Write MultiheadSite('{self.block}')."
+                )
         return modules
 
     @override
@@ -111,7 +129,7 @@ class AttentionSite(Site):
         if self.layout is not None:
             return self
         for call, outputs in self._outputs_of_blocks(calls):
-            scores = outputs[0] if self.output is None else outputs[0][self.output]
+            scores = outputs[0] if self.output is None else self._chosen(outputs[0])
             if isinstance(scores, Tensor):
                 fitting = fitting_layouts(scores, call.features)
                 if len(fitting) == 1:
@@ -170,7 +188,7 @@ class AttentionSite(Site):
 
     def _scores(self, output: Any, features: Tensor | None, n_bags: int | None) -> Tensor:
         if self.output is not None:
-            output = output[self.output]
+            output = self._chosen(output)
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise ValueError(
                 f"The scores of block '{self.block}' must be a floating tensor, but its tap "
@@ -180,6 +198,17 @@ class AttentionSite(Site):
         layout = self.layout or tell_layout(output, features, self.block)
         scores = arrange(output, layout, self.block, n_bags)
         return scores if self.scale == 1 else scores * float(self.scale)
+
+    def _chosen(self, output: Any) -> Any:
+        is_container = isinstance(output, Mapping | tuple | list)
+        with suppress(LookupError, TypeError):
+            if is_container:
+                return output[self.output]
+        raise ValueError(
+            f"output={self.output!r} must pick the scores from what the tap of block "
+            f"'{self.block}' returns, but that is {describe(output)}. Leave output away, or name "
+            "another entry."
+        )
 
     def _mask_of(self, call: ModuleCall, scores: Tensor) -> Bool[Tensor, "bag instance"] | None:
         if self.mask is None:
@@ -204,45 +233,76 @@ class AttentionSite(Site):
         return ~mask if self.mask.startswith("~") else mask
 
 
+ACTIVATIONS = {
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+}
+
+
+def activated(values: Tensor, name: str | None) -> Tensor:
+    """The values behind one of `ACTIVATIONS`, or as they are."""
+    return values if name is None else ACTIVATIONS[name](values)
+
+
 @dataclass(frozen=True)
 class GatedSite(Site):
-    """A gated scorer ``w(V(h) * U(h))`` whose three parts are siblings: no module owns the product.
+    """A gated scorer ``w(V(h) * U(h))`` whose parts are siblings: no module owns the product.
 
     Args:
-        value: Path of V, which takes the instance features, its activation included.
-        gate: Path of U, its activation included.
+        value: Path of V, which takes the instance features.
+        gate: Path of U; None: there is no gate, and the scores are ``w(V(h))``.
         score: Path of w, which puts out the raw scores.
         layout: Axes of w's output, as in `AttentionSite`.
+        value_activation: What the model's own forward applies to V's output, "tanh", "sigmoid",
+            "relu" or "gelu"; None: nothing, as where V holds its activation.
+        gate_activation: The same for U.
 
     Raises:
-        ValueError: The layout names an unknown axis, an axis twice, or no instance axis.
+        ValueError: The layout names an unknown axis, an axis twice, or no instance axis; or an
+            activation is unknown.
 
     Source: Ilse, Tomczak, Welling, *Attention-based Deep Multiple Instance Learning*, ICML 2018,
-    eq. 9, in the form of the authors' code.
+    eq. 8 and 9, in the form of the authors' code.
     """
 
     value: str
-    gate: str
+    gate: str | None
     score: str
     layout: str | None = None
+    value_activation: str | None = None
+    gate_activation: str | None = None
 
     def __post_init__(self) -> None:
         if self.layout is not None:
             check_layout(self.layout)
+        for name in (self.value_activation, self.gate_activation):
+            if name is not None and name not in ACTIVATIONS:
+                raise ValueError(
+                    f"An activation must be one of {', '.join(ACTIVATIONS)} or None, but got "
+                    f"{name!r}. Write a Site of your own for others."
+                )
 
     @property
     @override
     def path(self) -> str:
-        return "+".join((self.value, self.gate, self.score))
+        return "+".join(part for part in (self.value, self.gate, self.score) if part is not None)
 
     @override
     def within(self, prefix: str) -> "GatedSite":
-        paths = {name: joined(prefix, getattr(self, name)) for name in ("value", "gate", "score")}
-        return replace(self, **paths)
+        gate = None if self.gate is None else joined(prefix, self.gate)
+        value, score = joined(prefix, self.value), joined(prefix, self.score)
+        return replace(self, value=value, gate=gate, score=score)
 
     @override
     def find_block(self, root: nn.Module) -> nn.Module:
-        return _Gated(*(find_submodule(root, path) for path in (self.value, self.gate, self.score)))
+        return _Gated(
+            find_submodule(root, self.value),
+            None if self.gate is None else find_submodule(root, self.gate),
+            find_submodule(root, self.score),
+            (self.value_activation, self.gate_activation),
+        )
 
     @override
     def watched(self, root: nn.Module) -> dict[str, nn.Module]:
@@ -291,12 +351,22 @@ class GatedSite(Site):
 class _Gated(nn.Module):
     """The product that the model computes in its own forward."""
 
-    def __init__(self, value: nn.Module, gate: nn.Module, score: nn.Module) -> None:
+    def __init__(
+        self,
+        value: nn.Module,
+        gate: nn.Module | None,
+        score: nn.Module,
+        activations: tuple[str | None, str | None],
+    ) -> None:
         super().__init__()
         self.value, self.gate, self.score = value, gate, score
+        self.activations = activations
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.score(self.value(*args, **kwargs) * self.gate(*args, **kwargs))
+        hidden = activated(self.value(*args, **kwargs), self.activations[0])
+        if self.gate is not None:
+            hidden = hidden * activated(self.gate(*args, **kwargs), self.activations[1])
+        return self.score(hidden)
 
 
 def _as_rows(by_block: list[list[RecordedAttention]]) -> list[RecordedAttention]:
