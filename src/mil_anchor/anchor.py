@@ -65,17 +65,17 @@ class Anchor:
     @torch.no_grad()
     def apply(self, function: Callable[[nn.Module, Any], Result], inputs: Any) -> Result:
         """``function(mirror, inputs)`` with the inputs detached and in the mirror's precision."""
-        dtype = next((t.dtype for t in _tensors(self.block) if t.is_floating_point()), None)
-        device = next((t.device.type for t in _tensors(self.block)), "cpu")
+        tensors = list(_tensors(self.block))
+        dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
+        device = next((t.device for t in tensors), torch.device("cpu"))
 
         def cast(value: Tensor) -> Tensor:
             value = value.detach()
             return value if dtype is None or not value.is_floating_point() else value.to(dtype)
 
-        # Some blocks draw random numbers in eval mode, too: not the model's.
-        devices = [] if device == "cpu" else [torch.accelerator.current_device_index()]
-        forked = torch.random.fork_rng(devices, device_type="cuda" if device == "cpu" else device)
-        with torch.autocast(device, enabled=False), forked:
+        # Some blocks draw random numbers in eval mode, too: the model must not miss them.
+        forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with torch.autocast(device.type, enabled=False), forked:
             return function(self.block, map_tensors(cast, inputs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -67,11 +67,11 @@ def load_model(target: str, width: int) -> nn.Module:
     module_name, _, name = target.partition(":")
     try:
         module = importlib.import_module(module_name)
-        made: Any = attrgetter(name or "factory")(module)
+        made: Any = attrgetter(name)(module)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(
             f"The model must be named 'package.module:factory', but '{target}' cannot be imported: "
-            f"{error}."
+            f"{error if name else 'no name follows the colon'}."
         ) from error
     if callable(made) and not isinstance(made, nn.Module):
         arguments = _arguments_of(made, target, width)

@@ -4,7 +4,7 @@ from torch import nn
 
 from mil_anchor import AttentionSite, GatedSite
 from mil_anchor.sites.discovery import NothingToSeeError
-from mil_anchor.sites.score import activated
+from mil_anchor.sites.gated import activated
 from tests.sites.watching import bag, find
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from mil_anchor.sites.base import ModuleCall, Site, find_submodule
+from mil_anchor.sites.gated import ACTIVATIONS, GatedSite, activated
+from mil_anchor.sites.graph import nodes_of, parameters_below, parameters_between
 from mil_anchor.sites.layout import arrange, possible_layouts
 from mil_anchor.sites.normalizations import Normalization
 from mil_anchor.sites.products import ClassTokenSite, MultiheadSite
 from mil_anchor.sites.proof import MASKED, varies
-from mil_anchor.sites.score import ACTIVATIONS, AttentionSite, GatedSite, activated
+from mil_anchor.sites.score import AttentionSite
 
 KINDS = (
     "AttentionSite(block, tap=...) where a submodule puts out the scores; GatedSite(value, gate, "
@@ -23,11 +25,6 @@ KINDS = (
     "fused projection (TransMIL); MultiheadSite(block) for nn.MultiheadAttention; "
     "CriticalInstanceSite(query) for DSMIL; or a class of your own (docs/your-model.md)"
 )
-
-_VIEWS = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "T", "Permute", "AsStrided")
-
-
-_NORMALIZERS = ("SoftmaxBackward", "LogSoftmaxBackward", "SafeSoftmaxBackward", "ExpBackward")
 
 
 class NothingToSeeError(ValueError):
@@ -212,12 +209,12 @@ def _site_around(
         for key, value in _outputs(call.returned)
         if key == tap.output
     ]
-    nodes = _nodes_of(scores)
-    others = _leaves([loss.grad_fn], without=nodes)
-    below = _leaves(nodes, without=[])
+    nodes = nodes_of(scores)
+    others = parameters_below([loss.grad_fn], without=nodes)
+    below = parameters_below(nodes, without=[])
     if not below - others:
         return _FROZEN
-    if _trained_between(nodes, loss) - below:
+    if parameters_between(nodes, loss) - below:
         return _TRAINED_BETWEEN
     path = tap.call.name
     while path:
@@ -298,70 +295,6 @@ def _activations(
         if torch.allclose(mine, hidden, rtol=1e-5, atol=1e-7):
             return first, second
     return None
-
-
-def _nodes_of(scores: Sequence[Tensor]) -> list[Any]:
-    """Where the scores are in the autograd graph."""
-    nodes: list[Any] = []
-    for tensor in scores:
-        node = tensor.grad_fn
-        if node is not None and node.name() == "CloneBackward0":  # the recorder's own copy
-            node = node.next_functions[0][0]
-        nodes.append(node)
-        # A change in place of a view hangs the loss below the view.
-        while node is not None and node.name().startswith(_VIEWS):
-            node = node.next_functions[0][0]
-            nodes.append(node)
-    return nodes
-
-
-def _trained_between(nodes: Sequence[Any], loss: Tensor) -> set[int]:
-    """Parameters that come in between the scores and the normalisation that they go into."""
-    users: dict[Any, list[Any]] = {}
-    for node in _walk([loss.grad_fn], without=nodes):
-        for following, _ in node.next_functions:
-            users.setdefault(following, []).append(node)
-    # Upwards from the scores, up to the next normalisation.
-    upwards: set[Any] = set()
-    normalizers = []
-    waiting = [user for node in nodes for user in users.get(node, [])]
-    while waiting:
-        node = waiting.pop()
-        if node in upwards:
-            continue
-        upwards.add(node)
-        if node.name().startswith(_NORMALIZERS):
-            normalizers.append(node)
-        else:
-            waiting += users.get(node, [])
-    # Downwards from there on the same ways: what else comes in.
-    beside = [
-        following
-        for node in _walk(normalizers, without=nodes)
-        if node in upwards
-        for following, _ in node.next_functions
-        if following not in upwards and following not in nodes
-    ]
-    return _leaves(beside, without=nodes)
-
-
-def _walk(start: Sequence[Any], *, without: Sequence[Any]) -> Iterator[Any]:
-    """The nodes below some nodes of the autograd graph, themselves too, not passing others."""
-    known = {None, *without}
-    waiting = list(start)
-    while waiting:
-        node = waiting.pop()
-        if node in known:
-            continue
-        known.add(node)
-        yield node
-        waiting += [following for following, _ in node.next_functions]
-
-
-def _leaves(start: Sequence[Any], *, without: Sequence[Any]) -> set[int]:
-    """Ids of the parameters below some nodes."""
-    nodes = _walk(start, without=without)
-    return {id(node.variable) for node in nodes if hasattr(node, "variable")}
 
 
 def _layout(tap: _Tap, features: Tensor | None, n_bags: int | None) -> str | None:
