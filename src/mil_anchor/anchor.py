@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from mil_anchor.sites.base import map_tensors
+from mil_anchor.sites.base import map_tensors, tensors_in
 
 Result = TypeVar("Result")
 
@@ -159,7 +159,7 @@ def _bare_copy(block: nn.Module) -> nn.Module:
             hooks: OrderedDict[int, Callable[..., Any]] = vars(module)[table]
             kept = ((key, hook) for key, hook in hooks.items() if _is_structural(hook))
             memo[id(hooks)] = OrderedDict(kept)
-        for tensor in _attribute_tensors(vars(module)):
+        for tensor in tensors_in(vars(module)):
             if not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach().clone()
     # mypy cannot see that a copy of a module is a module.
@@ -169,17 +169,6 @@ def _bare_copy(block: nn.Module) -> nn.Module:
 
 def _is_structural(hook: object) -> bool:
     return isinstance(hook, _STRUCTURAL_HOOKS)
-
-
-def _attribute_tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _attribute_tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _attribute_tensors(item)
 
 
 def _anchor_dtype(tensor: Tensor) -> torch.dtype:
