@@ -172,6 +172,82 @@ def test_discovery__temperature_that_trains__is_refused():
         find(Trained(), bag())
 
 
+class Mean(nn.Module):
+    """No attention, but a softmax over as many classes as a bag may have instances."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.instance = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    def forward(self, features):
+        return self.instance(features).mean(dim=1)
+
+
+@pytest.mark.parametrize("n_bags", [1, 2])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda logits: nn.functional.cross_entropy(logits, torch.zeros(len(logits)).long()),
+        lambda logits: nn.functional.cross_entropy(logits, logits.detach().softmax(1)),
+        lambda logits: -logits.softmax(dim=1)[:, 0].log().mean(),
+    ],
+)
+def test_discovery__as_many_instances_as_classes__is_no_attention(n_bags, loss):
+    with pytest.raises(NothingToSeeError):
+        find(Mean(), bag(n_bags, 2), loss=loss, n_bags=n_bags)
+
+
+def test_discovery__penalty_on_all_parameters__is_no_way_around_the_scores():
+    model = Plain()
+    penalty = 1e-4 * sum(parameter.abs().sum() for parameter in model.parameters())
+
+    site = find(model, bag(), loss=lambda logits: logits.square().sum() + penalty)
+
+    assert site == AttentionSite("inner.scorer", layout="b n r")
+
+
+def test_discovery__compiled_part__is_named_as_without():
+    model = Plain()
+    model.inner.scorer = torch.compile(model.inner.scorer, backend="eager")
+
+    site = find(model, bag())
+
+    assert site == AttentionSite("inner.scorer", layout="b n r")
+    assert site.find_block(model) is model.inner.scorer
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        lambda x: (torch.eye(3).to_sparse() / 2.0).to_dense().sum() * x.sum() * 0,
+        lambda x: (
+            torch.nested.nested_tensor([x[0], x[0, :2]], layout=torch.jagged)
+            .sigmoid()
+            .values()
+            .sum()
+            * 0
+        ),
+        lambda x: (
+            nn.functional.scaled_dot_product_attention(
+                x.expand(4, -1, -1)[None],
+                x.expand(2, -1, -1)[None],
+                x.expand(2, -1, -1)[None],
+                enable_gqa=True,
+            ).sum()
+            * 0
+        ),
+    ],
+    ids=["sparse", "nested", "grouped_queries"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_discovery__tensors_without_a_storage_of_their_own__are_passed_over(extra):
+    class Extra(Plain):
+        def forward(self, features):
+            return super().forward(features) + extra(features)
+
+    assert find(Extra(), bag()).block == "inner.scorer"
+
+
 def test_discovery__frozen_scorer__says_so_and_may_wait():
     model = Plain()
     model.inner.requires_grad_(False)
@@ -193,10 +269,11 @@ def test_discovery__convolution_over_instances__has_them_last():
         def __init__(self) -> None:
             super().__init__()
             self.scorer = nn.Conv1d(5, 1, 1)
+            self.head = nn.Linear(5, 2)
 
         def forward(self, features):
             x = features.mT
-            return (self.scorer(x).softmax(dim=-1) * x).sum(dim=-1)
+            return self.head((self.scorer(x).softmax(dim=-1) * x).sum(dim=-1))
 
     assert find(Convolved(), bag(2, 7)) == AttentionSite("scorer", layout="b r n")
 

@@ -51,6 +51,7 @@ def _masked(scores, value=-torch.inf):
             (s - s.amax(dim=1, keepdim=True)).exp() / (s - s.amax(1, True)).exp().sum(1, True)
         ),
         lambda s: s.mT.softmax(dim=2).mT,
+        lambda s: (s.exp() * 1.0) / (s.exp() * 1.0).sum(1, True),
         lambda s: (s + 3).softmax(dim=1),
         lambda s: torch.cat([one.softmax(dim=0)[None] for one in s]),
     ],
@@ -71,7 +72,7 @@ def test_proof__softmax_in_any_spelling__is_recognised(normalize):
         (lambda s: s, "it ran no softmax over 7 instances"),
         (lambda s: (s * s).softmax(dim=1), "none of the 1 normalisations"),
         (lambda s: _masked(s).softmax(dim=1), r"masks 2 of 7 of them afterwards.*'mask' entry"),
-        (lambda s: _masked(s, -1e9).softmax(dim=1), "masks 2 of 7 of them afterwards"),
+        (lambda s: _masked(s, -1e4).softmax(dim=1), "masks 2 of 7 of them afterwards"),
     ],
 )
 def test_proof__something_else__is_told_by_what_it_is(normalize, message):
@@ -94,7 +95,8 @@ def test_proof__scale_given__is_accepted():
 
 def test_proof__padding_that_the_batch_tells__is_accepted():
     assert _difference(lambda s: _masked(s).softmax(dim=1), mask=MASK) is None
-    assert _difference(lambda s: _masked(s, -1e9).softmax(dim=1), mask=MASK) is None
+    for value in (-1e9, -65504.0, -1e4):
+        assert _difference(lambda s, v=value: _masked(s, v).softmax(dim=1), mask=MASK) is None
 
 
 def test_proof__mask_the_wrong_way_round__is_told():

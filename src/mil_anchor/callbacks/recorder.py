@@ -84,7 +84,12 @@ class CallRecorder:
         if any(is_functorch_wrapped_tensor(x) for x in tensors_in((args, kwargs, output))):
             return  # under vmap there is no tensor to keep
         size = max((x.numel() for x in tensors_in((args, kwargs))), default=0) // self._narrow
-        kept = map_tensors(lambda x: x.clone() if x.numel() <= size else x, output)
+        if self._narrow > 1 and not any(x.requires_grad for x in tensors_in(output)):
+            # Of frozen parts, whose tensors nobody keeps, the shapes will do.
+            args, kwargs = map_tensors(_shape_of, (args, kwargs))
+            kept = map_tensors(lambda x: x.clone() if x.numel() <= size else _shape_of(x), output)
+        else:
+            kept = map_tensors(lambda x: x.clone() if x.numel() <= size else x, output)
         versions = (versions_of((args, kwargs)), versions_of(kept)) if with_grad else None
         self.calls.append(ModuleCall(name, module, args, kwargs, kept, versions))
 
@@ -168,6 +173,10 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _make_idle_hook, ()
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")
 
 
 def _make_idle_hook() -> Callable[..., None]:

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from mil_anchor.sites.base import ModuleCall, Site, find_submodule
 from mil_anchor.sites.gated import ACTIVATIONS, GatedSite, activated
-from mil_anchor.sites.graph import nodes_of, parameters_below, parameters_between
+from mil_anchor.sites.graph import (
+    nodes_of,
+    parameters_below,
+    parameters_beside,
+    parameters_between,
+)
 from mil_anchor.sites.layout import arrange, possible_layouts
 from mil_anchor.sites.normalizations import Normalization
 from mil_anchor.sites.products import ClassTokenSite, MultiheadSite
@@ -76,6 +81,8 @@ def discover(
             found[tap.call.name] = _site_around(root, calls, tap, loss, n_bags)
     sites = list(dict.fromkeys(site for site in found.values() if isinstance(site, Site)))
     unclear = {name: reason for name, reason in found.items() if isinstance(reason, str)}
+    if sites:
+        unclear = {name: reason for name, reason in unclear.items() if reason != _IS_OUTPUT}
     inner = [site for site in sites if all(_is_inside(site, other) for other in sites)]
     if len(inner) == 1 and not unclear:
         return inner[0]
@@ -106,6 +113,7 @@ def discover(
 
 
 _FROZEN = "whose parameters are frozen"
+_IS_OUTPUT = "which is all that the loss depends on, as class probabilities are"
 _NO_OWNER = (
     "but no submodule around takes instance features and owns all parameters of that scorer and no "
     "others"
@@ -148,7 +156,7 @@ def _outputs(returned: Any) -> Iterator[tuple[int | str | None, Tensor]]:
     yield from (
         (key, value)
         for key, value in items
-        if isinstance(value, Tensor) and value.is_floating_point()
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta
     )
 
 
@@ -210,24 +218,28 @@ def _site_around(
         if key == tap.output
     ]
     nodes = nodes_of(scores)
-    others = parameters_below([loss.grad_fn], without=nodes)
+    outputs = [value for call in calls for _, value in _outputs(call.returned)]
+    others = parameters_beside(nodes, outputs, loss)
     below = parameters_below(nodes, without=[])
-    if not below - others:
+    if not any(parameter.requires_grad for parameter in tap.call.module.parameters()):
         return _FROZEN
+    if not others:
+        return _IS_OUTPUT
     if parameters_between(nodes, loss) - below:
         return _TRAINED_BETWEEN
+    scorer = below - others
     path = tap.call.name
     while path:
         owned = {id(p) for p in find_submodule(root, path).parameters()}
         if owned & others:
             break
         block_call = next((call for call in calls if call.name == path), None)
-        if block_call is not None and below - others <= owned:
+        if block_call is not None and scorer and scorer <= owned:
             layout = _layout(tap, block_call.features, n_bags)
             if layout is not None:
-                return _declared(block_call, tap, layout)
+                return _outside_compiled(_declared(block_call, tap, layout))
         path = path.rpartition(".")[0]
-    return _siblings(root, calls, tap, below - others, n_bags) or _NO_OWNER
+    return (_siblings(root, calls, tap, scorer, n_bags) if scorer else None) or _NO_OWNER
 
 
 def _declared(block_call: ModuleCall, tap: _Tap, layout: str) -> AttentionSite:
@@ -240,6 +252,13 @@ def _declared(block_call: ModuleCall, tap: _Tap, layout: str) -> AttentionSite:
     return AttentionSite(
         block_call.name, tap=below, layout=layout, output=tap.output, scale=tap.scale
     )
+
+
+def _outside_compiled(site: AttentionSite) -> AttentionSite:
+    """The same paths without the wrapper of torch.compile, so that they hold without it, too."""
+    paths = (site.block.split("."), site.tap.split("."))
+    block, tap = (".".join(part for part in path if part != "_orig_mod") for path in paths)
+    return replace(site, block=block, tap=tap)
 
 
 def _siblings(

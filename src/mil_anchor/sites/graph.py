@@ -34,6 +34,16 @@ def nodes_of(scores: Sequence[Tensor]) -> list[Any]:
     return nodes
 
 
+def parameters_beside(scores: Sequence[Any], outputs: Sequence[Tensor], loss: Tensor) -> set[int]:
+    """Parameters that reach the loss through submodules' outputs, and not through the scores.
+
+    A penalty on the parameters themselves is no such way.
+    """
+    nodes = {node for tensor in outputs for node in nodes_of([tensor])}
+    reached = [node for node in _walk([loss.grad_fn], without=scores) if node in nodes]
+    return parameters_below(reached, without=scores)
+
+
 def parameters_between(nodes: Sequence[Any], loss: Tensor) -> set[int]:
     """Parameters that come in between the scores and the normalisation that they go into."""
     users: dict[Any, list[Any]] = {}

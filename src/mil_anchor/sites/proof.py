@@ -83,10 +83,20 @@ def _same(
     others: Float[Tensor, "row instance"],
 ) -> Bool[Tensor, " row"]:
     """Which rows have the same softmax: the same instances, and scores equal but for a constant."""
-    own = row > MASKED
-    covered = ((others > MASKED) == (real & own)).all(dim=-1)
-    difference, allowed = _deviation(row, real & own, others)
-    return covered & (difference <= allowed)
+    kept = real & (row > MASKED)
+    same = ((others > MASKED) == kept).all(dim=-1)
+    # Few of many rows get past the highest and the lowest score.
+    high, low = (
+        row.masked_fill(~kept, -torch.inf).argmax(),
+        row.masked_fill(~kept, torch.inf).argmin(),
+    )
+    span = (row[high] - row[low]).double()
+    near = (others[:, high].double() - others[:, low].double() - span).abs()
+    same &= near <= 0.1 * span.abs() + 1e-2 * row[kept].abs().amax().double() + 1e-6
+    if bool(same.any()):
+        difference, allowed = _deviation(row, kept, others[same])
+        same[same.clone()] = difference <= allowed
+    return same
 
 
 def _deviation(row: Tensor, real: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,11 +198,12 @@ def _covers_padding(row: Tensor, real: Tensor, candidates: _Candidates) -> str |
     for _, rows in candidates:
         more = (rows > MASKED) & ~real
         difference, allowed = _deviation(row, real, rows)
-        if bool((more.any(dim=-1) & (difference <= allowed)).any()):
+        matching = more[more.any(dim=-1) & (difference <= allowed)]
+        if len(matching):
             return (
-                f"the model's softmax also covers {int(more.sum(dim=-1).max())} instances that "
-                "the batch's mask calls padding: the model ignores the mask. Use batch_size=1, or "
-                "give the model the mask"
+                f"the model's softmax also covers {int(matching[0].sum())} instances that the "
+                "batch's mask calls padding: the model ignores the mask. Use batch_size=1, or give "
+                "the model the mask"
             )
     return None
 
