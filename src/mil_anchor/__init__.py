@@ -6,8 +6,9 @@ from mil_anchor.callbacks.monitor import AttentionMonitor
 from mil_anchor.callbacks.random_state import RandomState
 from mil_anchor.callbacks.regularizer import AttentionRegularizer
 from mil_anchor.sites.base import Site
+from mil_anchor.sites.critical import CriticalInstanceSite
 from mil_anchor.sites.gated import GatedSite
-from mil_anchor.sites.products import ClassTokenSite, CriticalInstanceSite, MultiheadSite
+from mil_anchor.sites.products import ClassTokenSite, MultiheadSite
 from mil_anchor.sites.registry import find_site, register_site
 from mil_anchor.sites.score import AttentionSite
 

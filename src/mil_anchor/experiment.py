@@ -55,6 +55,13 @@ class Config:
     early_stopping: int | None = None
 
 
+def _log_to_hydra() -> None:
+    """What the callbacks say belongs into run.log, too."""
+    callbacks = logging.getLogger("mil_anchor.callbacks")
+    callbacks.handlers.clear()
+    callbacks.propagate = True
+
+
 def register_config() -> None:
     """Tell Hydra the schema and the name of a run's folder; before ``hydra.main``."""
     ConfigStore.instance().store(name="schema", node=Config)
@@ -70,6 +77,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: The configuration or the data is wrong, or the folder holds another run.
     """
+    _log_to_hydra()
     check_arguments(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
     resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]

@@ -51,7 +51,7 @@ def test_proof__scores_that_never_differ__is_missed_with_a_warning(tmp_path):
     module = seeded_module()
     batches = make_batches(n_bags=1, n_instances=1)
 
-    with pytest.warns(UserWarning, match=r"could not prove .* 'net.attention' in this epoch"):
+    with pytest.warns(UserWarning, match=r"could not prove .* in the first 6 steps: no bag had"):
         _fit(tmp_path, module, AnchorCallback(BLOCK), batches=batches)
 
 
@@ -235,3 +235,27 @@ def test_empty_bag__is_refused_by_name(tmp_path):
 
     with pytest.raises(ValueError, match=r"bags \['bag2_0'\]: Every bag needs a real instance"):
         _fit(tmp_path, seeded_module(), AnchorCallback(BLOCK), batches=batches)
+
+
+# Lightning knows the other key only.
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
+def test_checkpoint__of_a_found_site__carries_over_to_the_line_that_names_it(tmp_path):
+    found = AnchorCallback(weight=0.5, decay=0.9)
+    trainer = _fit(tmp_path, seeded_module(), found)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    anchor = found.state_dict()["anchor"]
+
+    named = AnchorCallback(AttentionSite(BLOCK, layout="b n r"), weight=0.5, decay=0.9)
+    again = make_trainer(tmp_path, named, max_epochs=1)
+    again.fit(seeded_module(), make_loader(make_batches()), ckpt_path=tmp_path / "end.ckpt")
+
+    assert_equal_states(named.state_dict()["anchor"], anchor)
+
+
+def test_monitor__block_that_never_trains__says_that_it_did_not_run(tmp_path):
+    class EvaluationOnly(TinyModule):
+        def training_step(self, batch, batch_idx):
+            return self.net.encoder(batch["features"]).square().mean()
+
+    with pytest.warns(UserWarning, match=r"the first 6 steps: it did not run with gradients"):
+        _fit(tmp_path, seeded_module(EvaluationOnly), AttentionMonitor(BLOCK))

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from mil_anchor import ClassTokenSite, CriticalInstanceSite, MultiheadSite
+from mil_anchor.callbacks.recorder import AttentionRecorder
 from tests.sites.watching import bag, read
 
 
@@ -144,8 +145,6 @@ def test_multihead_site__encoder_layer_in_evaluation__is_not_bypassed(fast):
     layer.eval()
     layer.self_attn.requires_grad_(not fast)
     features = bag(1, 6, width=8)
-    from mil_anchor.callbacks.recorder import AttentionRecorder
-
     recorder = AttentionRecorder(
         layer, MultiheadSite("self_attn", class_token=True), only_with_grad=False
     )
@@ -155,6 +154,27 @@ def test_multihead_site__encoder_layer_in_evaluation__is_not_bypassed(fast):
 
     (attention,) = recorder.take({"features": features})
     assert attention.scores.shape == (1, 2, 5)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_multihead_site__encoder_that_leaves_padding_out__has_its_mask():
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=8, batch_first=True, dropout=0.0)
+    encoder = nn.TransformerEncoder(layer, 1).eval()
+    padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    read_rows = []
+    for nested in (True, False):
+        encoder.enable_nested_tensor = nested
+        site = MultiheadSite("layers.0.self_attn", class_token=True)
+        recorder = AttentionRecorder(encoder, site, only_with_grad=False)
+        recorder.start()
+        with torch.no_grad():
+            encoder(bag(2, 6, width=8), src_key_padding_mask=padding)
+        (attention,) = recorder.take(None)
+        recorder.remove()
+        assert torch.equal(attention.mask, ~padding[:, 1:])
+        read_rows.append(attention.scores.transpose(1, 2)[attention.mask])
+
+    assert torch.allclose(*read_rows, atol=1e-6)
 
 
 def test_multihead_site__other_module__is_refused():

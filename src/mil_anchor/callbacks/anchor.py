@@ -7,14 +7,13 @@ import torch.distributed
 from jaxtyping import Float
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from mil_anchor.anchor import Anchor, check_decay, has_lazy_parameters
 from mil_anchor.attention import kl_divergence, log_normalized_sigmoid, log_softmax
-from mil_anchor.callbacks.processes import is_distributed
+from mil_anchor.callbacks.processes import is_distributed, tell
 from mil_anchor.callbacks.regularizer import AttentionRegularizer
 from mil_anchor.sites.base import RecordedAttention, Site
 
@@ -79,7 +78,7 @@ class AnchorCallback(AttentionRegularizer):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.ckpt_path is not None and self._saved is None:
-            rank_zero_info(
+            tell(
                 f"The checkpoint {trainer.ckpt_path} holds no anchor for {self.state_key}: the "
                 "anchor starts from the loaded weights."
             )
@@ -132,6 +131,22 @@ class AnchorCallback(AttentionRegularizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Called before the model is on its device, and by validate and test too: only kept.
         self._saved = state_dict.get("anchor")
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # The site is a part of the key, and may have been found then and be named now.
+        own = f"{type(self).__name__}{{"
+        states = checkpoint.get("callbacks", {})
+        keys = [key for key in states if key.startswith(own)]
+        alike = [
+            callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if type(callback) is type(self)
+        ]
+        if self.state_key not in states and len(keys) == len(alike) == 1:
+            self._saved = states[keys[0]].get("anchor")
 
     def _start_anchor(self) -> None:
         self._anchor = Anchor(self.online.block, decay=self.decay)

@@ -47,6 +47,8 @@ class AttentionCallback(Callback, ABC):
         self._recorder: AttentionRecorder | None = None
         self._guess: Site | None = None
         self._n_observed = 0
+        self._n_read = 0
+        self._n_proven = 0
         self._proven_sizes: set[int] = set()
         self._is_settled = False
         self._why_not_found = ""
@@ -81,7 +83,8 @@ class AttentionCallback(Callback, ABC):
             site, is_certain = known_site(pl_module)
         else:
             site, is_certain = as_site(self.site), True
-        self._n_observed, self._proven_sizes = 0, set()
+        self._n_observed = self._n_read = self._n_proven = 0
+        self._proven_sizes = set()
         self._is_settled, self._why_not_found = False, ""
         # A model of a known name may be another one: the first step tells.
         self._guess = None if is_certain else site
@@ -108,16 +111,26 @@ class AttentionCallback(Callback, ABC):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._patch is None or self._n_observed == 0 or self._is_settled:
             return
+        last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+        if not last and self._n_observed < _PATIENCE:
+            return
         self._is_settled = True
         if self._recorder is None:
             self._give_up(self._why_not_found)
-        elif not self._proven_sizes:
-            rank_zero_warn(
-                f"{type(self).__name__} could not prove the scores of attention block "
-                f"'{self.online.site.path}' in this epoch: no bag had two instances with different "
-                "scores."
-            )
+        elif not self._n_proven:
+            self._warn_unproven()
         self._patch.dismiss(self)
+
+    def _warn_unproven(self) -> None:
+        why = (
+            "no bag had two instances with different scores"
+            if self._n_read
+            else "it did not run with gradients"
+        )
+        rank_zero_warn(
+            f"{type(self).__name__} could not prove the scores of attention block "
+            f"'{self.online.site.path}' in the first {self._n_observed} steps: {why}."
+        )
 
     @property
     def needs_calls(self) -> bool:
@@ -169,16 +182,25 @@ class AttentionCallback(Callback, ABC):
     def _prove(self, attention: Sequence[RecordedAttention], watch: StepWatch) -> bool:
         """Compare the scores with what the model's softmax got; True: no further step is needed."""
         site = self.online.site
-        if not site.must_be_proven or not attention:
-            return not site.must_be_proven
+        self._n_read += len(attention)
+        if not site.must_be_proven:
+            return True
+        late = self._n_observed >= _PATIENCE
+        if not attention:
+            if late:
+                self._warn_unproven()
+            return late
         difference = None if has_nan(attention) else find_difference(site, attention, watch.seen)
         if difference is None:
             # One instance, or equal scores, agree with everything; and a scale may be no constant.
             if is_provable(attention):
                 self._proven_sizes.add(attention[0].scores.shape[-1])
-            n_needed = 1 if getattr(site, "scale", 1) in (1, None) else 2
-            late = bool(self._proven_sizes) and self._n_observed >= _PATIENCE
-            return len(self._proven_sizes) >= n_needed or late
+                self._n_proven += 1
+            if late and not self._n_proven:
+                self._warn_unproven()
+            is_scaled = getattr(site, "scale", 1) not in (1, None)
+            enough = len(self._proven_sizes) > 1 or self._n_proven >= (3 if is_scaled else 1)
+            return enough or late
         why = (
             f"The scores of attention block '{site.path}' must be what the model's softmax gets, "
             f"but {difference}."

@@ -96,9 +96,10 @@ class AttentionMonitor(AttentionCallback):
     ) -> None:
         if self._recorder is None:
             return
-        attention = [bag for call in self._recorder.take(batch) for bag in _attention_by_bag(call)]
-        self._recorder.stop()
         try:
+            calls = self._recorder.take(batch)
+            self._recorder.stop()
+            attention = [bag for call in calls for bag in _attention_by_bag(call)]
             ids = _bag_ids(batch, len(attention), f"{dataloader_idx}:{batch_idx}")
         except ValueError as error:
             self._give_up(str(error))

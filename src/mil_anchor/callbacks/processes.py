@@ -1,12 +1,22 @@
 """What the processes of a distributed run tell each other."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torchmetrics import MeanMetric
+
+_log = logging.getLogger(__name__)
+
+
+@rank_zero_only
+def tell(message: str) -> None:
+    """Log a line once, not in every process."""
+    _log.info(message)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from mil_anchor.callbacks.processes import tell
 from mil_anchor.callbacks.recorder import AttentionRecorder, n_bags_of
 from mil_anchor.callbacks.watch import StepWatch
 from mil_anchor.sites.base import Site
@@ -47,7 +47,7 @@ def search(
         if guess is not None and guess_reads:  # its proof tells better what is wrong
             return guess
         raise
-    rank_zero_info(
+    tell(
         f"{callback}: found the attention of {type(root).__name__} in '{site.path}'. "
         f"To name it: {callback}({site})."
     )

@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 from mil_anchor.sites.base import Site
+from mil_anchor.sites.critical import CriticalInstanceSite
 from mil_anchor.sites.gated import GatedSite
-from mil_anchor.sites.products import ClassTokenSite, CriticalInstanceSite, MultiheadSite
+from mil_anchor.sites.products import ClassTokenSite, MultiheadSite
 from mil_anchor.sites.score import AttentionSite
 
 

@@ -1,4 +1,4 @@
-"""Sites whose scores are query-key products: class tokens, multi-head rows, critical instances."""
+"""Sites whose scores are query-key products of self-attention: class tokens, multi-head rows."""
 
 import math
 from collections.abc import Sequence
@@ -238,6 +238,11 @@ class MultiheadSite(Site):
         return rearrange(q @ k.mT / math.sqrt(q.shape[-1]), "b h q n -> b (h q) n")
 
     def _mask(self, call: ModuleCall) -> Bool[Tensor, "bag instance"] | None:
+        key = dict(enumerate(call.args)).get(1, call.kwargs.get("key"))
+        if isinstance(key, Tensor) and key.is_nested:
+            lengths = torch.tensor([len(bag) for bag in key.unbind()], device=key.device)
+            nested = torch.arange(int(lengths.max()), device=key.device) < lengths[:, None]
+            return nested[:, 1:] if self.class_token else nested
         padding = dict(enumerate(call.args)).get(3, call.kwargs.get("key_padding_mask"))
         if padding is None:
             return None
@@ -247,101 +252,9 @@ class MultiheadSite(Site):
         return mask[:, 1:] if self.class_token else mask
 
 
-@dataclass(frozen=True)
-class CriticalInstanceSite(Site):
-    """DSMIL's attention: each instance's query times that of the critical instance of a class.
-
-    The scores of class c are ``q(h_i) . q(h_m(c)) / sqrt(d)``. The anchor runs the query network on
-    both, with the online model's critical instances m(c): it does not damp their jumps.
-
-    Args:
-        query: Path of the query network. It runs twice per forward, on the instances and on the
-            critical ones, or once, if a classifier is named.
-        classifier: Path of the instance classifier whose highest score for a class chooses the
-            critical instance, for models that gather its query.
-        scale: What the products are multiplied by; None: ``1 / sqrt(d)``.
-
-    Source: Li, Li, Eliceiri, *Dual-stream Multiple Instance Learning*, CVPR 2021, eq. 3 and 4.
-    """
-
-    query: str
-    classifier: str | None = None
-    scale: float | None = None
-
-    @property
-    @override
-    def path(self) -> str:
-        return self.query
-
-    @override
-    def within(self, prefix: str) -> "CriticalInstanceSite":
-        classifier = None if self.classifier is None else joined(prefix, self.classifier)
-        return replace(self, query=joined(prefix, self.query), classifier=classifier)
-
-    @override
-    def find_block(self, root: nn.Module) -> nn.Module:
-        return find_submodule(root, self.query)
-
-    @override
-    def watched(self, root: nn.Module) -> dict[str, nn.Module]:
-        modules = {"query": find_submodule(root, self.query)}
-        if self.classifier is not None:
-            modules["classifier"] = find_submodule(root, self.classifier)
-        return modules
-
-    @override
-    def read(self, calls: Sequence[ModuleCall], n_bags: int | None) -> list[RecordedAttention]:
-        queries = [call for call in calls if call.name == "query"]
-        choices = [call for call in calls if call.name == "classifier"]
-        if self.classifier is None:
-            queries, choices = queries[::2], queries[1::2]
-        if len(queries) != len(choices):
-            once = (
-                f"be called once for each call of '{self.classifier}', or twice without classifier="
-                if self.classifier is not None
-                else "be called on the instances and on the critical ones, or name a classifier="
-            )
-            raise ValueError(
-                f"'{self.query}' must {once}, but it was called "
-                f"{len(queries) + (0 if self.classifier else len(choices))} times"
-                f"{f', the classifier {len(choices)}' if self.classifier else ''}."
-            )
-        read = []
-        for queried, chosen in zip(queries, choices, strict=True):
-            (instances, *_), _ = queried.inputs()
-            if self.classifier is None:
-                (critical, *_), _ = chosen.inputs()
-                scores = self._products(queried.output, chosen.output)
-                read.append(RecordedAttention(scores, None, (instances, critical)))
-            else:
-                index = _batched(chosen.output).detach().argmax(dim=1)
-                scores = self._products(queried.output, _gather(queried.output, index))
-                critical = _gather(instances, index)
-                read.append(RecordedAttention(scores, None, (instances, critical)))
-        return read
-
-    @override
-    def rescore(self, block: nn.Module, inputs: Any) -> Float[Tensor, "bag row instance"]:
-        instances, critical = inputs
-        return self._products(block(instances), block(critical))
-
-    def _products(self, queries: Tensor, critical: Tensor) -> Float[Tensor, "bag row instance"]:
-        queries, critical = _batched(queries), _batched(critical)
-        scale = 1 / math.sqrt(queries.shape[-1]) if self.scale is None else self.scale
-        return critical @ queries.mT * scale
-
-
-def _batched(values: Tensor) -> Float[Tensor, "bag instance width"]:
-    return values if values.ndim == 3 else values.unsqueeze(0)
-
-
-def _gather(values: Tensor, index: Tensor) -> Float[Tensor, "bag cls width"]:
-    """The entries of the chosen instances, (bag, class, width)."""
-    values = _batched(values)
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
-
-
 def _batch_first(tokens: Tensor, attention: nn.MultiheadAttention) -> Tensor:
+    if tokens.is_nested:  # an nn.TransformerEncoder in evaluation leaves padding out
+        return tokens.to_padded_tensor(0.0)
     if tokens.ndim == 2:
         return tokens.unsqueeze(0)
     return tokens if attention.batch_first else tokens.transpose(0, 1)
