@@ -47,6 +47,25 @@ def test_discovery__temperature__becomes_the_scale():
     assert find(model, bag()) == AttentionSite("inner.scorer", layout="b n r", scale=0.25)
 
 
+def test_discovery__softmax_of_the_negative_scores__is_not_that_of_the_scores():
+    model = Plain()
+    model.scale = -1.0
+
+    with pytest.raises(NothingToSeeError):
+        find(model, bag())
+
+
+def test_discovery__one_attention_found_and_another_unclear__is_left_to_the_user():
+    class Both(Loose):
+        def forward(self, features):
+            hidden = self.encoder(features)
+            attention = self.inner.scorer(hidden).softmax(dim=1)
+            return super().forward(features) + self.head((attention * hidden).sum(dim=1))
+
+    with pytest.raises(ValueError, match=r"from \['inner.scorer.2', 'last'\]. Name one: Anchor"):
+        find(Both(lambda m, h: torch.sin(m.first(h))), bag())
+
+
 def test_discovery__frozen_encoder_or_first_layer__changes_nothing():
     model = Plain()
     model.encoder.requires_grad_(False)

@@ -87,6 +87,21 @@ def test_proof__probabilities_tapped__says_so():
     assert "they are probabilities" in _difference(lambda s: s.softmax(dim=1), "probabilities")
 
 
+def test_proof__second_row_of_another_softmax__is_seen():
+    class Rows(Model):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.scorer[-1] = nn.Linear(4, 2)
+
+        def forward(self, features):
+            scores = self.scorer(features)
+            rows = [scores[..., 0].softmax(dim=1), (scores[..., 1] ** 3).softmax(dim=1)]
+            return torch.stack(rows, dim=1) @ features
+
+    features = bag(2)
+    assert "none of the 2 normalisations" in read(Rows(), "scorer", {"features": features})[1]
+
+
 def test_proof__scale_given__is_accepted():
     site = AttentionSite("scorer", scale=0.5)
 
@@ -153,16 +168,18 @@ def test_normalization_watch__entered__changes_no_result_and_draws_nothing():
     assert not watch.seen
 
 
-@pytest.mark.parametrize("causal", [None, "mask"])
-def test_normalization_watch__fused_attention__gives_its_scores(causal):
+@pytest.mark.parametrize("kind", [None, "bool", "float"])
+def test_normalization_watch__fused_attention__gives_its_scores(kind):
     q, k, v = torch.randn(3, 1, 2, 4, 8)
-    mask = torch.tensor([True, True, False, True]).expand(4, 4) if causal else None
+    real = torch.tensor([True, True, False, True]).expand(4, 4)
+    bias = torch.zeros(4, 4).masked_fill(~real, -torch.inf)
+    mask = {None: None, "bool": real, "float": bias}[kind]
     watch = NormalizationWatch()
     with watch:
         nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     expected = q @ k.mT / 8**0.5
-    if causal:
-        expected = expected.masked_fill(~mask, -torch.inf)
+    if kind:
+        expected = expected.masked_fill(~real, -torch.inf)
     (seen,) = [one for one in watch.seen if one.function == "softmax"]
     assert torch.allclose(seen.scores.softmax(-1), expected.softmax(-1), atol=1e-6)

@@ -1,9 +1,11 @@
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
 
 from mil_anchor import AttentionSite, GatedSite
-from mil_anchor.sites.base import ModuleCall, find_submodule, find_submodules
+from mil_anchor.sites.base import ModuleCall, find_submodule, find_submodules, versions_of
 from tests.sites.watching import bag, read
 
 
@@ -45,6 +47,36 @@ def test_find_submodule__compiled_model__sees_the_model_inside():
 
     assert find_submodule(root, "net.layers.-1") is model.layers[1]
     assert find_submodule(root, "net._orig_mod.layers.0") is model.layers[0]
+    assert find_submodule(root, "net.layers.-2") is model.layers[0]
+
+
+def test_module_call__inputs__are_detached_whatever_holds_them():
+    class Pair(NamedTuple):
+        left: torch.Tensor
+        right: int
+
+    x = torch.ones(2, requires_grad=True) * 2
+    call = ModuleCall("a", nn.Identity(), ([x], Pair(x, 1)), {"k": {"x": x}}, None)
+
+    (args, pair), kwargs = call.inputs()
+
+    assert isinstance(pair, Pair)
+    assert pair.right == 1
+    assert not any(t.requires_grad for t in (*args, pair.left, kwargs["k"]["x"]))
+    assert x.requires_grad
+
+
+@pytest.mark.parametrize("what", ["inputs", "outputs"])
+def test_module_call__changed_in_place__is_refused(what):
+    x, y = torch.ones(2), torch.ones(2)
+    call = ModuleCall("a", nn.Identity(), (x,), {}, y, (versions_of(x), versions_of(y)))
+    assert call.inputs()[0][0].equal(x)
+    assert call.output is y
+
+    (x if what == "inputs" else y).add_(1)
+
+    with pytest.raises(RuntimeError, match=f"The {what} of the attention block's Identity must"):
+        call.inputs() if what == "inputs" else call.output
 
 
 class Scorer(nn.Module):
