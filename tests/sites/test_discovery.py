@@ -202,6 +202,7 @@ class Mean(nn.Module):
         return self.instance(features).mean(dim=1)
 
 
+@pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("n_bags", [1, 2])
 @pytest.mark.parametrize(
     "loss",
@@ -211,9 +212,11 @@ class Mean(nn.Module):
         lambda logits: -logits.softmax(dim=1)[:, 0].log().mean(),
     ],
 )
-def test_discovery__as_many_instances_as_classes__is_no_attention(n_bags, loss):
+def test_discovery__as_many_instances_as_classes__is_no_attention(n_bags, loss, inside):
+    model = nn.Sequential(Mean()) if inside else Mean()
+
     with pytest.raises(NothingToSeeError):
-        find(Mean(), bag(n_bags, 2), loss=loss, n_bags=n_bags)
+        find(model, bag(n_bags, 2), loss=loss, n_bags=n_bags)
 
 
 def test_discovery__penalty_on_all_parameters__is_no_way_around_the_scores():
@@ -279,7 +282,7 @@ def test_discovery__equal_scores__show_nothing():
     model = Plain()
     nn.init.zeros_(model.inner.scorer[-1].weight)
 
-    with pytest.raises(NothingToSeeError):
+    with pytest.raises(NothingToSeeError, match="equal scores, as of a layer that starts with"):
         find(model, bag())
 
 

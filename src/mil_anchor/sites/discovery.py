@@ -71,7 +71,8 @@ def discover(
         callback: The class that the lines to paste are for.
 
     Raises:
-        NothingToSeeError: No submodule is the tap, or its parameters are frozen.
+        NothingToSeeError: No submodule is the tap, its parameters are frozen, or the loss depends
+            on it alone.
         ValueError: No block fits around it, or several taps do; the message lists what there is,
             ready to paste.
     """
@@ -102,9 +103,10 @@ def discover(
     nothing = (
         "no submodule that ran with gradients put out the argument of a softmax over instances"
     )
-    kind = (
-        NothingToSeeError if all(_FROZEN in reason for reason in unclear.values()) else ValueError
-    )
+    if any(one.scores.shape[-1] > 1 and not varies(one.scores) for one in seen):
+        nothing += " (equal scores, as of a layer that starts with zeros, show nothing)"
+    may_wait = all(reason in (_FROZEN, _IS_OUTPUT) for reason in unclear.values())
+    kind = NothingToSeeError if may_wait else ValueError
     raise kind(
         f"The attention of {model} must be found, but {why or nothing}. Say where it is"
         f"{', perhaps ' + ' or '.join(guesses) if guesses else ''}: {KINDS}. "
