@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mil_anchor.data.bags import Bag, collate_bags, shared_width
+from mil_anchor.data.bags import Bag, PixelCoords, collate_bags, shared_width
 
 
 def _bag(n_instances: int, *, width: int = 3, bag_id: str = "a", label: int = 0, **entries) -> Bag:
@@ -38,7 +38,10 @@ def test_bag__negative_label__is_refused():
 
 @pytest.mark.parametrize(
     ("name", "entry"),
-    [("coords", torch.zeros(3, 2)), ("instance_label", torch.zeros(3, dtype=torch.int64))],
+    [
+        ("coords", PixelCoords(torch.zeros(3, 2), 1.0)),
+        ("instance_label", torch.zeros(3, dtype=torch.int64)),
+    ],
 )
 def test_bag__entry_of_other_length__is_refused(name, entry):
     with pytest.raises(ValueError, match=f"{name} must have .* bag 's3' has 3 for 2 instances"):
@@ -53,7 +56,7 @@ def test_collate_bags__bags_of_any_length__can_be_taken_apart_again(lengths):
             n,
             bag_id=str(index),
             label=index,
-            coords=torch.full((n, 2), n, dtype=torch.int32),
+            coords=PixelCoords(torch.full((n, 2), n, dtype=torch.int32), 1.0),
             instance_label=torch.full((n,), n),
         )
         for index, n in enumerate(lengths)
@@ -66,7 +69,7 @@ def test_collate_bags__bags_of_any_length__can_be_taken_apart_again(lengths):
         real = batch["mask"][row]
         assert real.tolist() == sorted(real.tolist(), reverse=True)
         assert torch.equal(batch["features"][row][real], bag.features)
-        assert torch.equal(batch["coords"][row][real], bag.coords)
+        assert torch.equal(batch["coords"][row][real], bag.coords.xy)
         assert torch.equal(batch["instance_label"][row][real], bag.instance_label)
     assert (batch["features"][~batch["mask"]] == 0).all()
     assert (batch["coords"][~batch["mask"]] == 0).all()
@@ -74,15 +77,15 @@ def test_collate_bags__bags_of_any_length__can_be_taken_apart_again(lengths):
 
 
 def test_collate_bags__one_bag__copies_nothing():
-    bag = _bag(4, coords=torch.zeros(4, 2))
+    bag = _bag(4, coords=PixelCoords(torch.zeros(4, 2), 1.0))
     batch = collate_bags([bag])
     assert batch["features"].data_ptr() == bag.features.data_ptr()
-    assert batch["coords"].data_ptr() == bag.coords.data_ptr()
+    assert batch["coords"].data_ptr() == bag.coords.xy.data_ptr()
     assert batch["features"].shape == (1, 4, 3)
 
 
 def test_collate_bags__entry_that_one_bag_lacks__is_left_out():
-    batch = collate_bags([_bag(2, coords=torch.zeros(2, 2)), _bag(3, bag_id="b")])
+    batch = collate_bags([_bag(2, coords=PixelCoords(torch.zeros(2, 2), 1.0)), _bag(3, bag_id="b")])
     assert set(batch) == {"features", "mask", "label", "bag_id"}
 
 

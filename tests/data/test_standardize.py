@@ -4,12 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.preprocessing import StandardScaler
 
-from mil_anchor.data.bags import Bag
+from mil_anchor.data.bags import Bag, PixelCoords
 from mil_anchor.data.standardize import Standardizer
 
 
 def _bag(features, *, bag_id="a"):
-    return Bag(features, label=0, bag_id=bag_id, coords=torch.ones(len(features), 2))
+    return Bag(
+        features, label=0, bag_id=bag_id, coords=PixelCoords(torch.ones(len(features), 2), 1.0)
+    )
 
 
 def test_standardizer__training_bags__agrees_with_scikit_learn():

@@ -1,13 +1,55 @@
 """What a bag and a batch are."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import ClassVar, TypedDict, overload
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int, Int64, Num
 from torch import Tensor
-from typing_extensions import NotRequired
+from typing_extensions import NotRequired, override
+
+
+@dataclass(frozen=True, eq=False)
+class TileCoords:
+    """Where the tiles of a slide lie. Use one of its kinds, which say in what unit.
+
+    Args:
+        xy: Top left corner (x, y) of every tile; x runs to the right and y down.
+        pitch: Distance between the corners of neighbouring tiles.
+
+    Raises:
+        ValueError: If the pitch is not above 0.
+    """
+
+    unit: ClassVar[str]
+
+    xy: Num[Tensor, "position 2"]
+    pitch: float
+
+    def __post_init__(self) -> None:
+        """Refuse a grid without a size."""
+        if not 0 < self.pitch < float("inf"):
+            raise ValueError(
+                f"The pitch of tiles must be a number above 0, but got {self.pitch}. Give the "
+                "distance between the corners of neighbouring tiles."
+            )
+
+    def __len__(self) -> int:
+        return len(self.xy)
+
+
+class PixelCoords(TileCoords):
+    """Tile corners and pitch in level-0 pixels of the slide."""
+
+    unit = "px"
+
+
+class MicrometreCoords(TileCoords):
+    """Tile corners and pitch in micrometres."""
+
+    unit = "um"
 
 
 # Two bags are equal when they are the same object: comparing tensors has no single truth value.
@@ -19,8 +61,9 @@ class Bag:
         features: Finite float32 features, at least one instance.
         label: Class index of the bag, from 0.
         bag_id: Name that errors and result files use.
-        coords: Position of every instance, in any unit.
+        coords: Where every instance lies, in level-0 pixels or in micrometres.
         instance_label: Class index of every instance, -1 where it is unknown.
+        lesion: Which lesion of the bag every instance belongs to, from 1; 0 for none.
 
     Raises:
         ValueError: If a bag without instances, a value that is not finite, a dtype other than
@@ -30,8 +73,9 @@ class Bag:
     features: Float[Tensor, "instance width"]
     label: int
     bag_id: str
-    coords: Num[Tensor, "position 2"] | None = None
+    coords: TileCoords | None = None
     instance_label: Int[Tensor, " annotation"] | None = None
+    lesion: Int[Tensor, " annotated"] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what would only fail, or silently spoil a result, later in training."""
@@ -45,8 +89,9 @@ class Bag:
                 f"Every bag needs at least one instance, but bag {self.bag_id!r} has none. "
                 "Drop slides without tiles."
             )
-        finite = self.features.isfinite()
-        if not finite.all():
+        # A sum is several times cheaper than a look at each value; it may overflow, though.
+        if not self.features.sum().isfinite() and not self.features.isfinite().all():
+            finite = self.features.isfinite()
             column = int((~finite).any(dim=0).nonzero()[0])
             raise ValueError(
                 f"Features must be finite, but bag {self.bag_id!r} holds NaN or infinity in column "
@@ -57,12 +102,88 @@ class Bag:
                 f"A bag label must be a class index from 0, but bag {self.bag_id!r} has "
                 f"{self.label}. Map the labels to 0, 1, ... and drop bags without one."
             )
-        for name, entry in (("coords", self.coords), ("instance_label", self.instance_label)):
+        for name in ("coords", "instance_label", "lesion"):
+            entry = getattr(self, name)
             if entry is not None and len(entry) != len(self.features):
                 raise ValueError(
                     f"{name} must have one entry per instance, but bag {self.bag_id!r} has "
                     f"{len(entry)} for {len(self.features)} instances. Read both from one file."
                 )
+
+
+class BagSequence(Sequence[Bag], ABC):
+    """Bags that may lie on a disk: ids, labels and width are known without reading them."""
+
+    @property
+    @abstractmethod
+    def bag_ids(self) -> list[str]:
+        """Name of every bag."""
+
+    @property
+    @abstractmethod
+    def labels(self) -> list[int]:
+        """Class index of every bag."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Feature width of the bags.
+
+        Raises:
+            ValueError: If the bags differ in width.
+        """
+
+    @abstractmethod
+    def read(self, index: int) -> Bag:
+        """The bag at an index from 0."""
+
+    @override
+    def __len__(self) -> int:
+        return len(self.bag_ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Bag: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Bag]: ...
+    @override
+    def __getitem__(self, index: int | slice) -> Bag | list[Bag]:
+        if isinstance(index, slice):
+            return [self.read(position) for position in range(len(self))[index]]
+        return self.read(range(len(self))[index])
+
+
+class BagList(BagSequence):
+    """Bags in memory.
+
+    Args:
+        bags: The bags.
+    """
+
+    def __init__(self, bags: Sequence[Bag] = ()) -> None:
+        self._bags = list(bags)
+
+    @property
+    @override
+    def bag_ids(self) -> list[str]:
+        return [bag.bag_id for bag in self._bags]
+
+    @property
+    @override
+    def labels(self) -> list[int]:
+        return [bag.label for bag in self._bags]
+
+    @property
+    @override
+    def width(self) -> int:
+        return shared_width(self._bags)
+
+    @override
+    def read(self, index: int) -> Bag:
+        return self._bags[index]
+
+    @override
+    def __len__(self) -> int:
+        return len(self._bags)
 
 
 class Batch(TypedDict):
@@ -103,7 +224,7 @@ def collate_bags(bags: Sequence[Bag]) -> Batch:
         label=torch.tensor([bag.label for bag in bags]),
         bag_id=[bag.bag_id for bag in bags],
     )
-    coords = [bag.coords for bag in bags if bag.coords is not None]
+    coords = [bag.coords.xy for bag in bags if bag.coords is not None]
     if len(coords) == len(bags):
         batch["coords"] = _pad(coords, fill=0)
     instance_label = [bag.instance_label for bag in bags if bag.instance_label is not None]

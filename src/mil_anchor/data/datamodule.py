@@ -14,7 +14,7 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
-from mil_anchor.data.bags import Bag, collate_bags, shared_width
+from mil_anchor.data.bags import Bag, BagList, BagSequence, collate_bags
 from mil_anchor.data.classic import load_classic
 from mil_anchor.data.splits import stratified_fold
 from mil_anchor.data.standardize import Standardizer
@@ -56,9 +56,9 @@ class BagDataModule(LightningDataModule):
             raise ValueError(f"batch_size must be at least 1, but {batch_size} came. Use 1.")
         if num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, but {num_workers} came. Use 0.")
-        self.train_bags = list(train_bags)
-        self.val_bags = list(val_bags)
-        self.test_bags = list(test_bags)
+        self.train_bags = _as_sequence(train_bags)
+        self.val_bags = _as_sequence(val_bags)
+        self.test_bags = _as_sequence(test_bags)
         self.batch_size = batch_size
         self.balanced = balanced
         self.num_workers = num_workers
@@ -66,17 +66,31 @@ class BagDataModule(LightningDataModule):
 
     @property
     def in_features(self) -> int:
-        """Feature width of the bags."""
-        return shared_width(self._all_bags())
+        """Feature width of the bags.
+
+        Raises:
+            ValueError: If the bags differ in width.
+        """
+        widths = {part: bags.width for part, bags in self._parts().items()}
+        if len(set(widths.values())) > 1:
+            found = ", ".join(
+                f"{width} in {part} ({bags.bag_ids[0]!r}, ...)"
+                for (part, bags), width in zip(self._parts().items(), widths.values(), strict=True)
+            )
+            raise ValueError(
+                f"All bags must have one feature width, but there are {found}. "
+                "Use features of one encoder only."
+            )
+        return next(iter(widths.values()))
 
     @property
     def n_classes(self) -> int:
         """Number of classes: the largest label plus one."""
-        return 1 + max(bag.label for bag in self._all_bags())
+        return 1 + max(label for bags in self._parts().values() for label in bags.labels)
 
     @override
     def setup(self, stage: str) -> None:
-        shared_width(self._all_bags())
+        _ = self.in_features
 
     @override
     def train_dataloader(self) -> DataLoader[Bag]:
@@ -90,13 +104,14 @@ class BagDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Bag]:
         return self._loader(self.test_bags, sampler=None)
 
-    def _all_bags(self) -> list[Bag]:
-        if not self.train_bags:
+    def _parts(self) -> dict[str, BagSequence]:
+        if not len(self.train_bags):
             raise RuntimeError(
                 "A data module needs training bags, but it has none. "
                 "Call setup('fit') first, or give train_bags."
             )
-        return self.train_bags + self.val_bags + self.test_bags
+        parts = {"train": self.train_bags, "val": self.val_bags, "test": self.test_bags}
+        return {part: bags for part, bags in parts.items() if len(bags)}
 
     def _train_sampler(self) -> Sampler[int]:
         if self.trainer is not None and self.trainer.world_size > 1:
@@ -106,20 +121,21 @@ class BagDataModule(LightningDataModule):
                     f"{self.trainer.world_size}. Use one device, or balanced=False."
                 )
             return DistributedSampler(
-                self.train_bags,  # type: ignore[arg-type]  # a list is a map-style data set
+                self.train_bags,  # type: ignore[arg-type]  # a sequence is a map-style data set
                 num_replicas=self.trainer.world_size,
                 rank=self.trainer.global_rank,
                 seed=self.seed,
             )
         if self.balanced:
-            count = Counter(bag.label for bag in self.train_bags)
-            weights = [1 / count[bag.label] for bag in self.train_bags]
+            labels = self.train_bags.labels
+            count = Counter(labels)
+            weights = [1 / count[label] for label in labels]
             return WeightedRandomSampler(weights, num_samples=len(weights))
         return RandomSampler(self.train_bags)
 
-    def _loader(self, bags: list[Bag], *, sampler: Sampler[int] | None) -> DataLoader[Bag]:
+    def _loader(self, bags: BagSequence, *, sampler: Sampler[int] | None) -> DataLoader[Bag]:
         return DataLoader(
-            bags,  # type: ignore[arg-type]  # a list is a map-style data set
+            bags,  # type: ignore[arg-type]  # a sequence is a map-style data set
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
@@ -177,7 +193,11 @@ class ClassicDataModule(BagDataModule):
             seed=self.seed,
         )
         standardize = Standardizer.fit([bags[index] for index in split.train])
-        self.train_bags = [standardize(bags[index]) for index in split.train]
-        self.val_bags = [standardize(bags[index]) for index in split.val]
-        self.test_bags = [standardize(bags[index]) for index in split.test]
+        self.train_bags = BagList([standardize(bags[index]) for index in split.train])
+        self.val_bags = BagList([standardize(bags[index]) for index in split.val])
+        self.test_bags = BagList([standardize(bags[index]) for index in split.test])
         super().setup(stage)
+
+
+def _as_sequence(bags: Sequence[Bag]) -> BagSequence:
+    return bags if isinstance(bags, BagSequence) else BagList(bags)

@@ -1,0 +1,1 @@
+"""Readers of every on-disk layout of tile features."""
