@@ -3,7 +3,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mil_anchor.data.bags import Bag, PixelCoords, collate_bags, shared_width
+from mil_anchor.data.bags import (
+    Bag,
+    BagList,
+    MicrometreCoords,
+    PixelCoords,
+    bags_of,
+    collate_bags,
+    shared_width,
+)
 
 
 def _bag(n_instances: int, *, width: int = 3, bag_id: str = "a", label: int = 0, **entries) -> Bag:
@@ -98,3 +106,49 @@ def test_shared_width__many_bags__names_only_a_few_of_a_width():
     bags = [_bag(1, bag_id=f"s{index}") for index in range(9)] + [_bag(1, width=4)]
     with pytest.raises(ValueError, match=r"3 in \['s0', 's1', 's2'\], 4 in \['a'\]\."):
         shared_width(bags)
+
+
+@pytest.mark.parametrize("kind", [PixelCoords, MicrometreCoords])
+def test_bags_of__padded_batch__gives_back_the_bags(kind):
+    bags = [
+        _bag(
+            n,
+            bag_id=f"s{n}",
+            label=n,
+            coords=kind(torch.arange(2 * n).reshape(n, 2), n + 0.5),
+            instance_label=torch.arange(n) - 1,
+            lesion=torch.arange(n),
+        )
+        for n in (4, 1, 3)
+    ]
+
+    for bag, again in zip(bags, bags_of(collate_bags(bags)), strict=True):
+        assert torch.equal(again.features, bag.features)
+        assert (again.label, again.bag_id) == (bag.label, bag.bag_id)
+        assert type(again.coords) is kind
+        assert again.coords.pitch == bag.coords.pitch
+        assert torch.equal(again.coords.xy, bag.coords.xy)
+        assert torch.equal(again.instance_label, bag.instance_label)
+        assert torch.equal(again.lesion, bag.lesion)
+
+
+@pytest.mark.parametrize("pitch", [0.0, -1.0, float("nan"), float("inf")])
+def test_coords__pitch_that_is_no_size__is_refused(pitch):
+    with pytest.raises(ValueError, match=f"must be a number above 0, but got {pitch}"):
+        PixelCoords(torch.zeros(1, 2), pitch)
+
+
+def test_bag__finite_values_whose_sum_overflows__are_taken():
+    bag = Bag(torch.full((4, 4), 3e38), label=0, bag_id="large")
+    assert bag.features.sum().isinf()
+
+
+def test_bag_list__slice_and_negative_index__behave_as_a_list():
+    bags = [_bag(n, bag_id=str(n), label=n) for n in (1, 2, 3)]
+    sequence = BagList(bags)
+    assert sequence[-1] is bags[2]
+    assert sequence[1:] == bags[1:]
+    assert list(sequence) == bags
+    assert (sequence.bag_ids, sequence.labels, sequence.width) == (["1", "2", "3"], [1, 2, 3], 3)
+    with pytest.raises(IndexError):
+        sequence[3]

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, TypedDict, overload
 
 import torch
@@ -50,6 +51,9 @@ class MicrometreCoords(TileCoords):
     """Tile corners and pitch in micrometres."""
 
     unit = "um"
+
+
+UNITS = MappingProxyType({kind.unit: kind for kind in (PixelCoords, MicrometreCoords)})
 
 
 # Two bags are equal when they are the same object: comparing tensors has no single truth value.
@@ -194,7 +198,10 @@ class Batch(TypedDict):
     label: Int64[Tensor, " bag"]
     bag_id: list[str]
     coords: NotRequired[Num[Tensor, "bag instance 2"]]
+    pitch: NotRequired[list[float]]
+    unit: NotRequired[list[str]]
     instance_label: NotRequired[Int[Tensor, "bag instance"]]
+    lesion: NotRequired[Int[Tensor, "bag instance"]]
 
 
 def collate_bags(bags: Sequence[Bag]) -> Batch:
@@ -204,8 +211,8 @@ def collate_bags(bags: Sequence[Bag]) -> Batch:
         bags: At least one bag.
 
     Returns:
-        The batch. Padding is 0, and -1 in ``instance_label``. ``coords`` and ``instance_label``
-        are there only if every bag has them.
+        The batch. Padding is 0, and -1 in ``instance_label``. ``coords`` (with their ``pitch`` and
+        ``unit``), ``instance_label`` and ``lesion`` are there only if every bag has them.
 
     Raises:
         ValueError: If the bags differ in width.
@@ -224,13 +231,42 @@ def collate_bags(bags: Sequence[Bag]) -> Batch:
         label=torch.tensor([bag.label for bag in bags]),
         bag_id=[bag.bag_id for bag in bags],
     )
-    coords = [bag.coords.xy for bag in bags if bag.coords is not None]
+    coords = [bag.coords for bag in bags if bag.coords is not None]
     if len(coords) == len(bags):
-        batch["coords"] = _pad(coords, fill=0)
+        batch["coords"] = _pad([own.xy for own in coords], fill=0)
+        batch["pitch"] = [float(own.pitch) for own in coords]
+        batch["unit"] = [own.unit for own in coords]
     instance_label = [bag.instance_label for bag in bags if bag.instance_label is not None]
     if len(instance_label) == len(bags):
         batch["instance_label"] = _pad(instance_label, fill=-1)
+    lesion = [bag.lesion for bag in bags if bag.lesion is not None]
+    if len(lesion) == len(bags):
+        batch["lesion"] = _pad(lesion, fill=0)
     return batch
+
+
+def bags_of(batch: Batch) -> list[Bag]:
+    """Take a batch apart again, on the CPU and without its padding: the inverse of `collate_bags`.
+
+    Example:
+        >>> batch = collate_bags([Bag(torch.ones(2, 5), 0, "a"), Bag(torch.ones(3, 5), 1, "b")])
+        >>> [len(bag.features) for bag in bags_of(batch)]
+        [2, 3]
+    """
+    bags = []
+    for row, bag_id in enumerate(batch["bag_id"]):
+        n_instances = int(batch["mask"][row].sum())  # padding stands at the end
+        own: dict[str, Tensor] = {
+            name: entry[row, :n_instances].cpu()
+            for name, entry in batch.items()
+            if name in ("features", "coords", "instance_label", "lesion")
+            and isinstance(entry, Tensor)
+        }
+        xy = own.pop("coords", None)
+        coords = None if xy is None else UNITS[batch["unit"][row]](xy, batch["pitch"][row])
+        label = int(batch["label"][row])
+        bags.append(Bag(own.pop("features"), label, bag_id, coords=coords, **own))
+    return bags
 
 
 def shared_width(bags: Sequence[Bag]) -> int:

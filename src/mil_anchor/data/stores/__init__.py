@@ -1,1 +1,7 @@
 """Readers of every on-disk layout of tile features."""
+
+from mil_anchor.data.stores.base import BagShape, Store, StoredBag
+from mil_anchor.data.stores.checks import check_slides, check_widths
+from mil_anchor.data.stores.recognition import open_store
+
+__all__ = ["BagShape", "Store", "StoredBag", "check_slides", "check_widths", "open_store"]

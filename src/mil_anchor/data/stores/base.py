@@ -1,12 +1,14 @@
 """What a store of tile features is."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from mil_anchor.data.bags import TileCoords
 
@@ -86,3 +88,45 @@ class Store(ABC):
         """The slide's label as the store itself writes it; None if it holds none."""
         _ = slide_id
         return None
+
+    def file(self, slide_id: str) -> Path:
+        """The file that holds the slide's features."""
+        _ = slide_id
+        return self.path
+
+
+class FileStore(Store):
+    """A store with one file of features per slide.
+
+    Args:
+        path: The folder.
+        files: The file of every slide.
+    """
+
+    def __init__(self, path: Path, files: Mapping[str, Path]) -> None:
+        super().__init__(path)
+        self._files = dict(sorted(files.items()))
+
+    @property
+    @override
+    def slide_ids(self) -> list[str]:
+        return list(self._files)
+
+    @override
+    def file(self, slide_id: str) -> Path:
+        """The file that holds the slide's features.
+
+        Raises:
+            ValueError: If the slide is not in the store.
+        """
+        if slide_id not in self._files:
+            raise unknown_slide(slide_id, self)
+        return self._files[slide_id]
+
+
+def unknown_slide(slide_id: str, store: Store) -> ValueError:
+    """The error for a slide that a store does not hold."""
+    return ValueError(
+        f"A slide must be in its store, but {slide_id!r} is not in {store.path}, which holds "
+        f"{store.slide_ids[:3]}, ... Check the slide's id."
+    )
