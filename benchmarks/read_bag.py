@@ -1,0 +1,132 @@
+"""Is a bag read from the repacked file at least as fast as ``torch.load`` reads one from a .pt?
+
+Every variant ends with a float32 tensor in memory. Process CPU time of one thread, and wall time;
+warm cache, orders A B and B A in turn, minima over rounds. Run: python -m benchmarks.read_bag
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from typing_extensions import override
+
+from mil_anchor.data.repack import repack
+from mil_anchor.data.stores.base import BagShape, Store, StoredBag
+from mil_anchor.data.stores.packed import PackedStore
+
+BAGS = ((10_000, 1024), (1000, 384))
+REFERENCE = "torch.load"
+
+
+class Slides(Store):
+    """Slides of one size; the middle one is read, as one of a cohort."""
+
+    layout = "benchmark"
+
+    def __init__(self, path: Path, n_instances: int, width: int) -> None:
+        super().__init__(path)
+        generator = torch.Generator().manual_seed(0)
+        self.features = torch.randn(n_instances, width, generator=generator)
+
+    @property
+    @override
+    def slide_ids(self) -> list[str]:
+        return ["a", "b", "c"]
+
+    @override
+    def shape(self, slide_id: str) -> BagShape:
+        return BagShape(*self.features.shape)
+
+    @override
+    def read_stored(self, slide_id: str) -> StoredBag:
+        return StoredBag(slide_id, self.features)
+
+
+def main() -> None:
+    """Time the variants, print tables and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    result = {"torch": torch.__version__, "h5py": h5py.__version__, "rounds": chosen.rounds}
+    for n_instances, width in BAGS:
+        with tempfile.TemporaryDirectory() as folder:
+            variants = _variants(Slides(Path(folder) / "source", n_instances, width))
+            rows = _time(variants, rounds=chosen.rounds)
+        Console().print(_table(rows, title=f"{n_instances} x {width}"))
+        result[f"{n_instances} x {width}"] = rows
+    chosen.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _variants(source: Slides) -> dict[str, Callable[[], Tensor]]:
+    folder, features = source.path.parent, source.features
+    stores = {}
+    for dtype in ("float16", "float32"):
+        repack(source, folder / f"{dtype}.h5", dtype=dtype, progress=False)
+        stores[dtype] = PackedStore(folder / f"{dtype}.h5")
+    torch.save(features, folder / "bag.pt")
+    for name, rows in (("clam", 32), ("trident", 1)):
+        with h5py.File(folder / f"{name}.h5", "w") as file:
+            file.create_dataset("features", data=features.numpy(), chunks=(rows, features.shape[1]))
+
+    def load() -> Tensor:
+        return torch.load(folder / "bag.pt", weights_only=True)
+
+    def read_h5(name: str) -> Tensor:
+        with h5py.File(folder / f"{name}.h5") as file:
+            return torch.from_numpy(file["features"][:])
+
+    return {
+        REFERENCE: load,
+        "torch.load again": load,
+        "packed float16": lambda: stores["float16"].read("b").features,
+        "packed float32": lambda: stores["float32"].read("b").features,
+        "h5py, CLAM chunks (32, D)": lambda: read_h5("clam"),
+        "h5py, TRIDENT chunks (1, D)": lambda: read_h5("trident"),
+        "copy in memory": features.clone,
+    }
+
+
+def _time(variants: dict[str, Callable[[], Tensor]], *, rounds: int) -> dict[str, dict[str, float]]:
+    cpu: dict[str, list[float]] = {name: [] for name in variants}
+    wall: dict[str, list[float]] = {name: [] for name in variants}
+    for index in range(rounds + 1):
+        for name in list(variants)[:: 1 if index % 2 else -1]:
+            cpu_start, wall_start = time.process_time(), time.perf_counter()
+            bag = variants[name]()
+            cpu[name].append(time.process_time() - cpu_start)
+            wall[name].append(time.perf_counter() - wall_start)
+            del bag  # not within the next variant's time
+    # The first round fills the cache.
+    best_cpu = {name: min(seconds[1:]) for name, seconds in cpu.items()}
+    best_wall = {name: min(seconds[1:]) for name, seconds in wall.items()}
+    return {
+        name: {
+            "cpu_ms": 1000 * best_cpu[name],
+            "wall_ms": 1000 * best_wall[name],
+            "cpu_ratio": best_cpu[name] / best_cpu[REFERENCE],
+            "wall_ratio": best_wall[name] / best_wall[REFERENCE],
+        }
+        for name in variants
+    }
+
+
+def _table(rows: dict[str, dict[str, float]], *, title: str) -> Table:
+    columns = ("variant", "CPU (ms)", "wall (ms)", f"CPU / {REFERENCE}", f"wall / {REFERENCE}")
+    table = Table(*columns, title=title)
+    for name, row in rows.items():
+        table.add_row(name, *(f"{value:.3g}" for value in row.values()))
+    return table
+
+
+if __name__ == "__main__":
+    main()
