@@ -161,7 +161,9 @@ def test_search__temperature__is_found(tmp_path, caplog):
 def test_monitor__model_without_attention_not_strict__warns_once_and_trains_as_without(tmp_path):
     bare = train(tmp_path, seeded_module(NoAttention), validate=True)
 
-    with pytest.warns(UserWarning, match="AttentionMonitor writes no rows") as caught:
+    with pytest.warns(
+        UserWarning, match="The attention of evaluated bags is not recorded"
+    ) as caught:
         run = train(
             tmp_path, seeded_module(NoAttention), [AttentionMonitor(strict=False)], validate=True
         )

@@ -5,17 +5,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from mil_anchor.attention import js_divergence, log_softmax, normalized_entropy
-from mil_anchor.callbacks.base import AttentionCallback
+from mil_anchor.attention import js_divergence, normalized_entropy
+from mil_anchor.callbacks.evaluation import EvaluationCallback
 from mil_anchor.callbacks.processes import gather_objects
-from mil_anchor.callbacks.recorder import batch_entry
-from mil_anchor.callbacks.watch import StepWatch
-from mil_anchor.sites.base import RecordedAttention, Site
+from mil_anchor.sites.base import Site
 
 
 class AttentionRow(NamedTuple):
@@ -27,7 +25,7 @@ class AttentionRow(NamedTuple):
     entropy: float
 
 
-class AttentionMonitor(AttentionCallback):
+class AttentionMonitor(EvaluationCallback):
     """Measures the attention of every validation bag in every epoch, without a forward of its own.
 
     Per bag, mean over rows: the Jensen-Shannon divergence to its attention in the validation before
@@ -44,8 +42,6 @@ class AttentionMonitor(AttentionCallback):
 
     Source: ASMIL (arXiv 2603.06658), eq. 3 and 35.
     """
-
-    _only_with_grad = False
 
     def __init__(
         self,
@@ -73,39 +69,10 @@ class AttentionMonitor(AttentionCallback):
             self._start_file(trainer.current_epoch)
 
     @override
-    def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def receive(
+        self, trainer: Trainer, batch: Any, of_bags: dict[str, Float[Tensor, "row instance"]]
     ) -> None:
-        if self._recorder is not None:
-            self._recorder.start()
-
-    @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if self._recorder is None:
-            return
-        try:
-            calls = self._recorder.take(batch)
-            self._recorder.stop()
-            attention = [bag for call in calls for bag in _attention_by_bag(call)]
-            ids = _bag_ids(batch, len(attention), f"{dataloader_idx}:{batch_idx}")
-        except ValueError as error:
-            self._give_up(str(error))
-            self._detach()
-            return
-        self._current.update(zip(ids, attention, strict=True))
+        self._current.update(of_bags)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,18 +109,9 @@ class AttentionMonitor(AttentionCallback):
         self._previous = state_dict["previous"]
 
     @override
-    def observe(self, watch: StepWatch, batch: Any, loss: Tensor) -> bool:
-        done = super().observe(watch, batch, loss)
-        if self._recorder is not None:
-            self._recorder.stop()
-        return done
-
-    @override
     def _give_up(self, why: str) -> None:
-        if self.strict:
-            super()._give_up(why)
+        super()._give_up(why)
         self._current = {}
-        rank_zero_warn(f"{type(self).__name__} writes no rows: {why}")
 
     def _start_file(self, epoch: int) -> None:
         """A new file, or the rows of the epochs before the one that this fit begins with."""
@@ -179,26 +137,6 @@ def read_attention(path: Path) -> list[AttentionRow]:
             )
             for row in csv.DictReader(file)
         ]
-
-
-def _attention_by_bag(call: RecordedAttention) -> list[Tensor]:
-    """Log-attention (row, instance) of each bag, real instances only."""
-    log_attention = log_softmax(call.scores, call.mask).float().cpu()
-    if call.mask is None:
-        return list(log_attention)
-    return [bag[:, real] for bag, real in zip(log_attention, call.mask.cpu(), strict=True)]
-
-
-def _bag_ids(batch: Any, n_bags: int, position: str) -> list[str]:
-    ids = batch_entry(batch, "bag_id")
-    if ids is None:
-        return [f"{position}:{index}" for index in range(n_bags)]
-    if len(ids) != n_bags:
-        raise ValueError(
-            "The monitor needs one attention per bag, but the attention block gave "
-            f"{n_bags} for the {len(ids)} bags {list(ids)}. Name a block that sees whole bags."
-        )
-    return [str(bag_id) for bag_id in ids]
 
 
 def _jsd(previous: Tensor | None, current: Tensor) -> float | None:

@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.hooks import RemovableHandle
 
+from mil_anchor.attention import log_softmax
 from mil_anchor.sites.base import (
     ModuleCall,
     RecordedAttention,
@@ -159,6 +161,24 @@ class AttentionRecorder(CallRecorder):
             )
         return _with_batch_mask(self.site.path, read, mask)
 
+    def take_by_bag(self, batch: Any, position: str) -> dict[str, Float[Tensor, "row instance"]]:
+        """The log-attention recorded so far, on the CPU, by bag id; recording ends here.
+
+        Args:
+            batch: The batch that the model ran on; bags of one without ids are named after
+            position: its place in the epoch.
+
+        Returns:
+            For each bag its real instances in float32.
+
+        Raises:
+            ValueError: As `take`, or if the block does not see whole bags.
+        """
+        calls = self.take(batch)
+        self.stop()
+        attention = [bag for call in calls for bag in _attention_by_bag(call)]
+        return dict(zip(_bag_ids(batch, len(attention), position), attention, strict=True))
+
 
 class _Hook:
     """A forward hook that stays behind when its module is copied or pickled."""
@@ -218,6 +238,26 @@ def n_bags_of(batch: Any) -> int | None:
         elif name == "bag_id" and isinstance(entry, list | tuple):
             return len(entry)
     return None
+
+
+def _attention_by_bag(call: RecordedAttention) -> list[Float[Tensor, "row instance"]]:
+    """Log-attention of each bag, real instances only."""
+    log_attention = log_softmax(call.scores, call.mask).float().cpu()
+    if call.mask is None:
+        return list(log_attention)
+    return [bag[:, real] for bag, real in zip(log_attention, call.mask.cpu(), strict=True)]
+
+
+def _bag_ids(batch: Any, n_bags: int, position: str) -> list[str]:
+    ids = batch_entry(batch, "bag_id")
+    if ids is None:
+        return [f"{position}:{index}" for index in range(n_bags)]
+    if len(ids) != n_bags:
+        raise ValueError(
+            "There must be one attention per bag, but the attention block gave "
+            f"{n_bags} for the {len(ids)} bags {list(ids)}. Name a block that sees whole bags."
+        )
+    return [str(bag_id) for bag_id in ids]
 
 
 def _with_batch_mask(
