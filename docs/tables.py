@@ -1,4 +1,4 @@
-"""Writes the generated parts of your-model.md: run `python -m docs.tables` from the checkout."""
+"""Writes the generated parts of the pages: run `python -m docs.tables` from the checkout."""
 
 import json
 import re
@@ -11,7 +11,8 @@ from mil_anchor.sites.known import KNOWN_MODELS
 from tests.models.libraries import LIBRARIES
 from tests.models.traps import TRAPS
 
-PAGE = Path(__file__).parent / "your-model.md"
+PAGES = [Path(__file__).parent / name for name in ("your-model.md", "your-data.md")]
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def share() -> str:
@@ -36,7 +37,7 @@ def share() -> str:
 
 def cost() -> str:
     """What search and proof cost, as benchmarks/first_step.py has measured it."""
-    measured = json.loads((PAGE.parent.parent / "benchmarks" / "first_step.json").read_text())
+    measured = json.loads((BENCHMARKS / "first_step.json").read_text())
     rows = [
         f"| {name} | {row['first_ms']:.1f} | {row['later_ms']:.1f} |"
         for name, row in measured["variants"].items()
@@ -67,14 +68,71 @@ def supported() -> str:
     return "\n".join(lines)
 
 
+def reading() -> str:
+    """How fast a bag is read from each layout, as benchmarks/read_bag.py has measured it."""
+    measured = json.loads((BENCHMARKS / "read_bag.json").read_text())
+    sizes = [name for name in measured if " x " in name]
+    rows = [
+        f"| {variant} | "
+        + " | ".join(f"{measured[size][variant]['cpu_ms']:.2f}" for size in sizes)
+        + " |"
+        for variant in measured[sizes[0]]
+        if not variant.endswith("again")
+    ]
+    return "\n".join(
+        [
+            "CPU milliseconds of one thread from a warm disk cache to a float32 tensor (torch "
+            f"{measured['torch']}, `python -m benchmarks.read_bag`):",
+            "",
+            "| | " + " | ".join(f"{size} bag" for size in sizes) + " |",
+            "|---|" + "---:|" * len(sizes),
+            *rows,
+        ]
+    )
+
+
+def memory() -> str:
+    """What training takes, as benchmarks/training_memory.py has measured it."""
+    measured = json.loads((BENCHMARKS / "training_memory.json").read_text())
+    rows = [
+        f"| `{keep}` | {row['budget_gb']:g} | {row['peak_gb']:.2f} | {row['run_s']:.0f} |"
+        for keep, row in measured["keep_in_memory"].items()
+    ]
+    return "\n".join(
+        [
+            f"A whole run of ABMIL with the plug-in on {measured['slides']} slides of "
+            f"{measured['instances']:,} x {measured['width']}, repacked, two epochs of one thread, "
+            "stays under these budgets (`python -m benchmarks.training_memory` takes the largest "
+            "resident set of the process, and fails if a budget does not hold):",
+            "",
+            "| `data.keep_in_memory` | budget, GB | measured, GB | run, s |",
+            "|---|---:|---:|---:|",
+            *rows,
+        ]
+    )
+
+
+PARTS = {
+    "share": share,
+    "cost": cost,
+    "supported": supported,
+    "reading": reading,
+    "memory": memory,
+}
+
+
 def page(text: str) -> str:
-    """The page with its generated parts."""
-    for name, part in (("share", share()), ("cost", cost()), ("supported", supported())):
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda m, new=part: f"{m[1]}{new}\n{m[2]}", text, flags=re.DOTALL)
+    """A page with its generated parts."""
+    for name, part in PARTS.items():
+        if f"<!-- {name} -->" not in text:
+            continue
+        new = part()
+        pattern = rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)"
+        text = re.sub(pattern, lambda _, new=new: f"{new}\n", text, flags=re.DOTALL)
     return text
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
+    for file in PAGES:
+        file.write_text(page(file.read_text()))
     Console().print(share(), markup=False, highlight=False)

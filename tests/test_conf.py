@@ -1,7 +1,9 @@
 import inspect
 from pathlib import Path
 
+import h5py
 import hydra
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -11,6 +13,7 @@ from omegaconf import OmegaConf
 
 from mil_anchor import AnchorCallback
 from mil_anchor.experiment import check_arguments
+from mil_anchor.run_folder import folder_name
 from tests.composing import ROOT, composed
 
 CONF = ROOT / "conf"
@@ -54,16 +57,70 @@ def test_conf__plugins__have_the_defaults_that_the_evidence_supports():
     assert all(defaults[key].default == nsf[key] for key in nsf if key != "_target_")
 
 
+# For the choices that read a user's folder: names of slides, columns of the table of labels (None:
+# the folders tell them), number of classes.
+ON_DISK = {
+    "folder": ([f"s{i}" for i in range(20)], "slide_id,label", 2),
+    "camelyon16": (
+        [f"{kind}_{i:03}" for kind in ("normal", "tumor", "test") for i in range(1, 6)],
+        "slide_id,label",
+        2,
+    ),
+    "camelyon17": (
+        [f"patient_{i:03}_node_{j}" for i in (0, 3, 30, 45, 70) for j in range(4)],
+        "patient,stage",
+        4,
+    ),
+    "bracs": (
+        [
+            f"{part}/Group_X/Type_{kind}/BRACS_{i}{j}{k}"
+            for i, part in enumerate(("train", "val", "test"))
+            for j, kind in enumerate(("N", "ADH", "IC"))
+            for k in range(2)
+        ],
+        None,
+        3,
+    ),
+}
+
+
+def _write_features(folder, names):
+    for name in names:
+        file = folder / f"{name}.h5"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(file, "w") as store:
+            store["features"] = np.ones((3, 5), dtype=np.float32)
+            store["coords"] = np.array([[0, 0], [256, 0], [0, 256]])
+
+
 @pytest.mark.parametrize("name", _options("data"))
-def test_conf__every_data_set__is_loaded(name):
-    config = composed(f"data={name}", "data.fold=1")
+def test_conf__every_data_set__is_loaded(name, tmp_path):
+    overrides, n_classes = ["data.fold=1"], 2
+    if name in ON_DISK:
+        names, header, n_classes = ON_DISK[name]
+        _write_features(tmp_path / "features", names)
+        fold = f"data.fold={int(name == 'folder')}"  # a cohort has one split
+        overrides = [fold, f"data.root={tmp_path / 'features'}", "data.val_fraction=0.3"]
+        rows = {
+            "folder": [f"s{i},{i % 2}" for i in range(20)],
+            "camelyon16": [f"test_00{i},{'tumor' if i % 2 else 'normal'}" for i in range(1, 6)],
+            "camelyon17": [
+                f"{slide}.tif,{('negative', 'itc', 'micro', 'macro')[i % 4]}"
+                for i, slide in enumerate(names)
+            ],
+        }.get(name)
+        if rows:
+            (tmp_path / "labels.csv").write_text("\n".join([header, *rows]))
+            overrides.append(f"data.labels={tmp_path / 'labels.csv'}")
+    config = composed(f"data={name}", *overrides)
     check_arguments(config)
 
     data = hydra.utils.instantiate(config.data)
     data.setup("fit")
 
     assert data.in_features > 0
-    assert data.n_classes == 2
+    assert data.n_classes == n_classes
+    assert min(len(data.train_bags), len(data.val_bags), len(data.test_bags)) > 0
     assert config.names.data == name
 
 
@@ -156,8 +213,18 @@ def test_conf__run_folder__names_choices_and_other_overrides():
             "names": {"model": "m", "plugin": "p", "data": "d"},
             "plain": '${run_folder:${names},1,2,""}',
             "other": '${run_folder:${names},1,2,"a=b"}',
+            "path": '${run_folder:${names},1,2,"a=/b/c.csv"}',
         }
     )
 
     assert folder.plain == "m/p/d/seed=1,fold=2"
     assert folder.other == "m/p/d/seed=1,fold=2,a=b"
+    assert folder.path == "m/p/d/seed=1,fold=2,a=_b_c.csv"
+
+
+def test_conf__run_folder_of_long_overrides__has_a_name_that_a_disk_takes():
+    names = OmegaConf.create({"model": "m", "plugin": "p", "data": "d"})
+    one, other = (folder_name(names, 0, 0, "x" * 300 + end) for end in "ab")
+
+    assert len(one.split("/")[-1]) < 200
+    assert one != other

@@ -7,12 +7,16 @@ import shlex
 
 import pytest
 
-from docs.tables import PAGE, page
+from docs.tables import PAGES, page
 from mil_anchor.__main__ import main
+from mil_anchor.data.cohorts import COHORTS
+from mil_anchor.experiment import check_arguments
 from mil_anchor.sites import registry
-from tests.composing import ROOT
+from tests.composing import ROOT, composed
+from tests.data.stores.layouts import write_trident
 
-TEXT = PAGE.read_text()
+PAGE, DATA_PAGE = PAGES
+TEXT, DATA_TEXT = PAGE.read_text(), DATA_PAGE.read_text()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -44,6 +48,7 @@ def test_your_model__inspect_commands__work(monkeypatch, capsys):
 
 def test_your_model__generated_parts__are_up_to_date():
     assert page(TEXT) == TEXT, "run: python -m docs.tables"
+    assert page(DATA_TEXT) == DATA_TEXT, "run: python -m docs.tables"
     assert TEXT.count("`torchmil.models.") >= 17
 
 
@@ -63,3 +68,26 @@ def test_your_model__quoted_errors__stand_in_the_source():
         # Two strings may meet in a message.
         halves = message.split(", but ") if ", but " in message else [message]
         assert all(any(half in string for string in strings) for half in halves), message
+
+
+def test_your_data__python_block__runs_on_a_folder_of_features(tmp_path, monkeypatch, capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", DATA_TEXT, flags=re.DOTALL)
+    write_trident(tmp_path, "slide_1").parent.rename(tmp_path / "features")
+    monkeypatch.chdir(tmp_path)
+
+    exec(compile(block, DATA_PAGE.name, "exec"), {"__name__": "docs"})
+
+    assert "PixelCoords 512" in capsys.readouterr().out
+
+
+def test_your_data__run_commands__compose():
+    lines = re.findall(r"^python run.py (.*)$", DATA_TEXT, flags=re.MULTILINE)
+    assert lines
+    for line in lines:
+        check_arguments(composed(*shlex.split(line)))
+
+
+def test_your_data__split_files_and_cohorts__are_those_that_exist():
+    cohorts = DATA_TEXT.split("## Public cohorts")[1].split("\n## ")[0]
+    named = set(re.findall(r"^\| `(\w+)` \|", cohorts, flags=re.MULTILINE))
+    assert named | {"bracs7"} == set(COHORTS)

@@ -11,7 +11,9 @@ import torch
 import yaml
 
 from mil_anchor.callbacks.monitor import read_attention
+from mil_anchor.data.synthetic import SyntheticCohort, write_cohort
 from mil_anchor.experiment import run
+from mil_anchor.maps.file import read_map, read_maps
 from mil_anchor.results import read_runs
 from tests.composing import ROOT, composed
 
@@ -131,7 +133,9 @@ def test_run__third_party_model__runs_with_its_attention_found_or_named(tmp_path
 def test_run__model_without_attention__runs_without_a_plugin_only(tmp_path):
     arguments = _third_party(tmp_path, "NoAttention")
 
-    with pytest.warns(UserWarning, match=r"AttentionMonitor writes no rows: The attention of"):
+    with pytest.warns(
+        UserWarning, match=r"The attention of evaluated bags is not recorded: The attention of"
+    ):
         metrics = _run(tmp_path / "bare", *arguments)
     assert "attention/jsd" not in metrics
     with pytest.raises(Exception, match=r"The attention of MILModule must be found, but no sub"):
@@ -150,6 +154,76 @@ def test_run__early_stopping__ends_before_the_last_epoch(tmp_path):
 
     epochs = {row.epoch for row in read_attention(tmp_path / "attention.csv")}
     assert len(epochs) < 40
+
+
+def test_run__slides_without_a_test_part__measures_validation(tmp_path):
+    cohort = SyntheticCohort("camelyon_like", "tiny")
+    write_cohort(cohort, tmp_path / "slides", progress=False)
+    rows = (tmp_path / "slides" / "labels.csv").read_text().splitlines()[1:41]
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join(["case_id,slide_id,label,split", *(f"{row},train" for row in rows)]))
+
+    with pytest.warns(UserWarning, match="20 of 60 slides .* are in no row of the table"):
+        metrics = _run(
+            tmp_path / "run",
+            "data=folder",
+            f"data.root={tmp_path / 'slides'}",
+            f"data.labels={table}",
+            "data.val_fraction=0.3",
+            "hidden=16",
+        )
+
+    assert metrics["val/f1"] >= 0
+    assert not any(key.startswith(("test/", "localization/")) for key in metrics)
+    assert not (tmp_path / "run" / "heatmaps").exists()
+
+
+def test_run__slides__keeps_maps_and_measures_localisation(tmp_path):
+    metrics = _run(tmp_path, "data=synthetic", "data.size=tiny", "hidden=16", "maps=3")
+
+    kept = {bag.bag_id: bag for bag in read_maps(tmp_path / "attention.h5")}
+    with (tmp_path / "split.csv").open() as file:
+        part_of = {row["slide_id"]: row for row in csv.DictReader(file)}
+    evaluated = {name for name, row in part_of.items() if row["split"] != "train"}
+    assert set(kept) == evaluated
+    assert all(bag.has_best for bag in kept.values())
+    followed = {name for name, bag in kept.items() if bag.epochs}
+    assert len(followed) == 3
+    assert all(kept[name].epochs == [0, 1] for name in followed)
+    assert {part_of[name]["label"] for name in followed} == {"1"}
+    assert len(list((tmp_path / "heatmaps").iterdir())) == 3
+
+    # The specificity again, from the attention itself.
+    shares = []
+    for name, bag in kept.items():
+        if bag.part == "test" and bag.label == 0:
+            attention = read_map(tmp_path / "attention.h5", name).attention(None).double()
+            middle = (attention.min() + attention.max()) / 2
+            shares.append(float((attention <= middle).double().mean()))
+    assert metrics["localization/specificity"] == pytest.approx(sum(shares) / len(shares))
+    with (tmp_path / "localization.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["bag_id"] for row in rows} <= {n for n, bag in kept.items() if bag.part == "test"}
+
+
+def test_run__slides_killed_between_fit_and_test__measures_the_same(tmp_path):
+    first = _run(tmp_path, "data=synthetic", "data.size=tiny", "hidden=16")
+    for name in ("metrics.json", "localization.csv"):
+        (tmp_path / name).unlink()
+
+    again = _run(tmp_path, "data=synthetic", "data.size=tiny", "hidden=16")
+
+    assert _without_times(again) == _without_times(first)
+    assert "localization/froc" in again
+    assert (tmp_path / "localization.csv").exists()
+
+
+def test_run__no_maps_wanted__draws_and_follows_none_but_measures(tmp_path):
+    metrics = _run(tmp_path, "data=synthetic", "data.size=tiny", "hidden=16", "maps=0")
+
+    assert "localization/dice" in metrics
+    assert not (tmp_path / "heatmaps").exists()
+    assert not any(bag.epochs for bag in read_maps(tmp_path / "attention.h5"))
 
 
 INTERRUPTED = ("plugin=anchor_nsf", "trainer.max_epochs=12", "data=musk1")

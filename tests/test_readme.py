@@ -58,6 +58,20 @@ def test_readme__other_commands__exist():
             assert command.startswith(("python run.py", "python -m mil_anchor"))
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/your-model.md", "docs/your-data.md"])
+def test_pages__commands_of_mil_anchor__are_understood(page, tmp_path, monkeypatch):
+    text = (ROOT / page).read_text()
+    lines = re.findall(r"^python -m mil_anchor (.*)$", text, flags=re.MULTILINE)
+    assert lines
+    monkeypatch.chdir(tmp_path)
+
+    for line in lines:
+        arguments = shlex.split(line.split("  #")[0])
+        # Understood, and then refused for what is not here; else argparse would leave with 2.
+        if "torchmil.models" not in line:
+            assert main(arguments) == 1
+
+
 def test_readme__choices__are_those_of_the_configuration():
     for group in ("model", "plugin", "data", "trainer"):
         row = re.search(rf"^\| `{group}` \|(.*)\|$", README, flags=re.MULTILINE).group(1)

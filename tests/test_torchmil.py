@@ -199,7 +199,9 @@ def _run(folder, *overrides):
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.filterwarnings("ignore:AttentionMonitor writes no rows.*whole bags")  # DTFD's groups
+@pytest.mark.filterwarnings(
+    "ignore:The attention of evaluated bags is not recorded.*whole bags"
+)  # DTFD's groups
 def test_run__torchmil_model_with_the_plugin__trains_and_is_tested(tmp_path, choice):
     metrics = _run(tmp_path, f"model={choice}", "plugin=anchor_nsf", "data=musk1")
 

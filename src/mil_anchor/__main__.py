@@ -1,60 +1,83 @@
-"""Command line: python -m mil_anchor {inspect,report,figures} ..."""
+"""Command line: python -m mil_anchor COMMAND ..."""
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from rich.console import Console
+from rich.console import Console, RenderableType
 
+from mil_anchor.data.labels import read_labels
+from mil_anchor.data.overview import inspect_data
+from mil_anchor.data.repack import repack
+from mil_anchor.data.split_files import write_split
+from mil_anchor.data.splits import split_by_parts, stratified_fold
+from mil_anchor.data.stores import open_store
+from mil_anchor.data.synthetic import MPP, PRESETS, SIZES, SyntheticCohort, write_cohort
 from mil_anchor.figures import jsd_figure
 from mil_anchor.inspection import inspect_model, load_model
 from mil_anchor.results import read_runs, results_markdown, results_tables
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit code is 1 when its input is wrong."""
+    """Run one command; the exit code is 1 when its input is wrong, or when it finds a defect."""
     chosen = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = chosen.run
     try:
-        if chosen.command == "inspect":
-            return _inspect(chosen.model, chosen.width, chosen.instances)
-        runs = read_runs(chosen.root)
-        if chosen.command == "report":
-            Console().print(*results_tables(runs))
-            (chosen.root / "results.md").write_text(results_markdown(runs))
-        else:
-            jsd_figure(runs, chosen.root / "jsd.png")
-            _say(f"Wrote {chosen.root / 'jsd.png'}")
-    except (ValueError, ModuleNotFoundError) as error:
+        return command(chosen)
+    except (ValueError, RuntimeError, ModuleNotFoundError, OSError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, soft_wrap=True)
         return 1
-    return 0
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted.", style="red")
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mil_anchor", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (
+        _add_inspect,
+        _add_inspect_data,
+        _add_repack,
+        _add_split,
+        _add_synthesize,
+        _add_heatmap,
+        _add_figures,
+        _add_report,
+    ):
+        add(commands)
+    return parser
+
+
+def _command(
+    commands: Any,
+    name: str,
+    text: str,
+    run: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_inspect(commands: Any) -> None:
     text = "find and prove the attention of a model, and print the line that names it"
-    command = commands.add_parser("inspect", help=text, description=text)
+    command = _command(commands, "inspect", text, _inspect)
     command.add_argument(
         "model", help="package.module:name of a class, or of a function that makes the model"
     )
     command.add_argument("--width", type=int, default=1024, help="width of the instance features")
     command.add_argument("--instances", type=int, default=100, help="instances of the random bag")
-    for name, text in (
-        ("report", "print the results of all complete runs below ROOT, and write ROOT/results.md"),
-        ("figures", "write ROOT/jsd.png: how much attention moves from epoch to epoch"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("root", type=Path, help="folder with run folders, at any depth")
-    return parser
 
 
-def _inspect(target: str, width: int, n_instances: int) -> int:
+def _inspect(chosen: argparse.Namespace) -> int:
     torch.manual_seed(0)
-    model = load_model(target, width)
-    found = inspect_model(model, width=width, n_instances=n_instances)
+    model = load_model(chosen.model, chosen.width)
+    found = inspect_model(model, width=chosen.width, n_instances=chosen.instances)
     named = list(found.block.named_parameters())
     how = "known by its class" if found.known else "found in what the model ran"
     proof = "the softmax of the scores is one that the model ran"
@@ -79,7 +102,168 @@ def _inspect(target: str, width: int, n_instances: int) -> int:
     return 0
 
 
-def _say(*lines: str) -> None:
+def _add_inspect_data(commands: Any) -> None:
+    text = (
+        "read every slide of SRC once and print what is there, what is missing and what is broken"
+    )
+    command = _command(commands, "inspect-data", text, _inspect_data)
+    command.add_argument("source", metavar="SRC", type=Path, help="folder or file of features")
+    command.add_argument("labels", type=Path, nargs="?", help="table with slide_id and label")
+    command.add_argument("--label", help="column of the labels (default: label)")
+
+
+def _inspect_data(chosen: argparse.Namespace) -> int:
+    table = None if chosen.labels is None else read_labels(chosen.labels, label=chosen.label)
+    overview = inspect_data(open_store(chosen.source), table)
+    _say(overview)
+    return 0 if overview.ok else 1
+
+
+def _add_repack(commands: Any) -> None:
+    text = "write the features of SRC into one contiguous file DST that is fast to read"
+    command = _command(commands, "repack", text, _repack)
+    command.add_argument("source", metavar="SRC", type=Path, help="folder or file of features")
+    command.add_argument("destination", metavar="DST", type=Path, help="the .h5 file to write")
+    command.add_argument("--dtype", choices=("float16", "float32"), default="float16")
+    command.add_argument(
+        "--skip-broken", action="store_true", help="finish without slides that cannot be read"
+    )
+
+
+def _repack(chosen: argparse.Namespace) -> int:
+    source = open_store(chosen.source)
+    report = repack(source, chosen.destination, dtype=chosen.dtype, skip_broken=chosen.skip_broken)
+    _say(str(report))
+    return 0
+
+
+def _add_split(commands: Any) -> None:
+    text = "write splits of a table of labels: stratified, and with the slides of a case together"
+    command = _command(commands, "split", text, _split)
+    command.add_argument("labels", type=Path, help="table with slide_id, label[, split][, case_id]")
+    command.add_argument("folder", metavar="DST", type=Path, help="folder for the split files")
+    command.add_argument("--folds", type=int, default=5, help="folds (default: 5); with a column")
+    command.add_argument("--val-fraction", type=float, default=0.1, help="default: 0.1")
+    command.add_argument("--seed", type=int, default=0, help="default: 0")
+    command.add_argument("--layout", choices=("plain", "clam"), default="plain")
+    command.add_argument("--label", help="column of the labels (default: label)")
+
+
+def _split(chosen: argparse.Namespace) -> int:
+    table = read_labels(chosen.labels, label=chosen.label)
+    drawn = {"val_fraction": chosen.val_fraction, "seed": chosen.seed}
+    if any(table.parts):
+        splits = [split_by_parts(table, **drawn)]
+    else:
+        splits = [
+            stratified_fold(
+                table.labels,
+                n_folds=chosen.folds,
+                fold=fold,
+                cases=table.cases,
+                classes=table.classes,
+                **drawn,
+            )
+            for fold in range(chosen.folds)
+        ]
+    for fold, split in enumerate(splits):
+        file = write_split(split, table, folder=chosen.folder, fold=fold, layout=chosen.layout)
+        sizes = ", ".join(f"{part} {len(own)}" for part, own in split.parts.items())
+        _say(f"Wrote {file}: {sizes}")
+    return 0
+
+
+def _add_synthesize(commands: Any) -> None:
+    text = "write a synthetic cohort of slides: features, labels.csv and a split"
+    command = _command(commands, "synthesize", text, _synthesize)
+    command.add_argument("folder", metavar="DST", type=Path, help="folder to write")
+    command.add_argument("--preset", choices=tuple(PRESETS), default="camelyon_like")
+    command.add_argument("--size", choices=tuple(SIZES), default="small")
+    command.add_argument("--seed", type=int, default=0, help="seed of the cohort (default: 0)")
+    command.add_argument("--layout", choices=("clam", "packed"), default="clam")
+
+
+def _synthesize(chosen: argparse.Namespace) -> int:
+    cohort = SyntheticCohort(chosen.preset, chosen.size, seed=chosen.seed)
+    root = write_cohort(cohort, chosen.folder, layout=chosen.layout)
+    _say(
+        f"Wrote {len(cohort)} slides. Train on them:",
+        f"python run.py data=folder data.root={root} data.labels={chosen.folder / 'labels.csv'} "
+        f"data.splits={chosen.folder} data.mpp={MPP} 'data.classes=[{','.join(cohort.classes)}]'",
+    )
+    return 0
+
+
+def _add_heatmap(commands: Any) -> None:
+    text = "draw the attention of runs on a slide"
+    command = _command(commands, "heatmap", text, _heatmap)
+    command.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folder")
+    command.add_argument("--slide", required=True, metavar="ID", help="name of the slide")
+    command.add_argument("--image", type=Path, help="whole-slide image to draw over")
+    command.add_argument(
+        "--epochs", type=_numbers, help="1,5,10: as in attention.csv, from 0; default: the best"
+    )
+    command.add_argument(
+        "--rows", type=_rows, help="'all', or 0,2: rows (heads, classes); default: their mean"
+    )
+    command.add_argument(
+        "--scale", choices=("percentile", "linear", "log"), default="percentile", help="of colours"
+    )
+    command.add_argument("--geojson", action="store_true", help="write tiles for QuPath, too")
+    command.add_argument("--out", type=Path, help="image to write (default: in the run folder)")
+
+
+def _heatmap(chosen: argparse.Namespace) -> int:
+    from mil_anchor.maps.heatmap import heatmap  # needs matplotlib
+
+    files = heatmap(
+        chosen.runs,
+        chosen.slide,
+        epochs=chosen.epochs,
+        rows=chosen.rows,
+        image=chosen.image,
+        scale=chosen.scale,
+        geojson=chosen.geojson,
+        out=chosen.out,
+    )
+    _say(*(f"Wrote {file}" for file in files))
+    return 0
+
+
+def _add_figures(commands: Any) -> None:
+    text = "write ROOT/jsd.png: how much attention moves from epoch to epoch"
+    command = _command(commands, "figures", text, _figures)
+    command.add_argument("root", type=Path, help="folder with run folders, at any depth")
+
+
+def _figures(chosen: argparse.Namespace) -> int:
+    jsd_figure(read_runs(chosen.root), chosen.root / "jsd.png")
+    _say(f"Wrote {chosen.root / 'jsd.png'}")
+    return 0
+
+
+def _add_report(commands: Any) -> None:
+    text = "print the results of all complete runs below ROOT, and write ROOT/results.md"
+    command = _command(commands, "report", text, _report)
+    command.add_argument("root", type=Path, help="folder with run folders, at any depth")
+
+
+def _report(chosen: argparse.Namespace) -> int:
+    runs = read_runs(chosen.root)
+    Console().print(*results_tables(runs))
+    (chosen.root / "results.md").write_text(results_markdown(runs))
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _rows(text: str) -> list[int] | str:
+    return text if text == "all" else _numbers(text)
+
+
+def _say(*lines: RenderableType) -> None:
     for line in lines:
         Console().print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -1,10 +1,8 @@
 """One experiment: compose, build, fit, test, write the run folder."""
 
-import csv
+import copy
 import inspect
-import json
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,14 +20,24 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mil_anchor.callbacks.monitor import AttentionMonitor, read_attention
 from mil_anchor.callbacks.random_state import RandomState
+from mil_anchor.data.bags import BagSequence
 from mil_anchor.data.datamodule import BagDataModule
+from mil_anchor.evidence import write_evidence
+from mil_anchor.inspection import inspect_model
+from mil_anchor.maps.file import MAPS_FILE
+from mil_anchor.maps.recorder import MapRecorder
 from mil_anchor.module import MILModule, Prediction
-from mil_anchor.results import METRICS_FILE, attention_summary, read_metrics
+from mil_anchor.results import attention_summary
+from mil_anchor.run_folder import (
+    folder_name,
+    prepare_folder,
+    write_metrics,
+    write_parts,
+    write_predictions,
+)
+from mil_anchor.sites.base import Site
 
 log = logging.getLogger(__name__)
-
-# What may differ between an interrupted run and the one that continues it.
-_NOT_COMPARED = {"resume", "out", "logger", "trainer.enable_progress_bar"}
 
 
 @dataclass
@@ -53,6 +61,7 @@ class Config:
     resume: bool = MISSING
     threads: int | None = None
     early_stopping: int | None = None
+    maps: int = MISSING
 
 
 def _log_to_hydra() -> None:
@@ -65,7 +74,7 @@ def _log_to_hydra() -> None:
 def register_config() -> None:
     """Tell Hydra the schema and the name of a run's folder; before ``hydra.main``."""
     ConfigStore.instance().store(name="schema", node=Config)
-    OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+    OmegaConf.register_new_resolver("run_folder", folder_name, replace=True)
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -81,7 +90,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     check_arguments(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
     resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    done = _prepare_folder(folder, resolved)
+    done = prepare_folder(folder, resolved)
     if done is not None:
         log.info("%s: complete already (resume=false runs it anew)", folder)
         _log_result(done)
@@ -92,15 +101,8 @@ def run(config: DictConfig) -> dict[str, Any]:
     seed_everything(config.seed, workers=True, verbose=False)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    data: BagDataModule = hydra.utils.instantiate(config.data)
-    data.setup("fit")
-    model = hydra.utils.instantiate(
-        config.model, in_features=data.in_features, n_classes=data.n_classes
-    )
-    module: MILModule = hydra.utils.instantiate(
-        config.module, model=model, n_classes=data.n_classes
-    )
-    callbacks = [*plugins, _monitor(config, folder), *_fixed_callbacks(config)]
+    maps = MapRecorder(_site(config), path=folder / MAPS_FILE)
+    callbacks = [*plugins, _monitor(config, folder), maps, *_fixed_callbacks(config)]
     timer = Timer()
     best = ModelCheckpoint(
         folder / "checkpoints",
@@ -118,6 +120,16 @@ def run(config: DictConfig) -> dict[str, Any]:
         default_root_dir=str(folder),
         enable_model_summary=False,
     )
+    data = _data(config, trainer)
+    if trainer.is_global_zero:
+        write_parts(folder / "split.csv", data)
+    maps.epochs_of = _ranked(data.val_bags)[: config.maps]
+    model = hydra.utils.instantiate(
+        config.model, in_features=data.in_features, n_classes=data.n_classes
+    )
+    module: MILModule = hydra.utils.instantiate(
+        config.module, model=model, n_classes=data.n_classes
+    )
     _fit(trainer, module, data, folder / "checkpoints" / "last.ckpt")
     if not best.best_model_path:
         raise ValueError(
@@ -125,7 +137,11 @@ def run(config: DictConfig) -> dict[str, Any]:
             f"tested, but none was written with trainer.max_epochs={config.trainer.max_epochs}. "
             "Train longer, without fast_dev_run or limits on validation."
         )
-    evaluated = _evaluate(trainer, module, data, best.best_model_path, folder)
+    evaluated = _evaluate(trainer, module, data, maps=maps, checkpoint=best.best_model_path)
+    attention = folder / "attention.csv"
+    evaluated |= attention_summary(read_attention(attention) if attention.exists() else [])
+    if trainer.is_global_zero:
+        evaluated |= write_evidence(folder, mpp=data.mpp, n_drawn=config.maps)
 
     fit_s = timer.time_elapsed("train")
     metrics = {
@@ -137,7 +153,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         "time/fit_s": fit_s,
         "time/epoch_s": fit_s / max(1, trainer.current_epoch),
     }
-    _write_metrics(folder, metrics)
+    write_metrics(folder, metrics)
     _log_result(metrics)
     return metrics
 
@@ -161,6 +177,8 @@ def check_arguments(config: DictConfig) -> None:
         raise ValueError(
             f"threads must be at least 1, or null for torch's own choice, but got {config.threads}."
         )
+    if config.maps < 0:
+        raise ValueError(f"maps must be a number of slides from 0, but got {config.maps}.")
     for path, node in _groups(config):
         if "_target_" not in node:
             raise ValueError(
@@ -195,57 +213,34 @@ def _groups(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
             yield name, node
 
 
-def _run_folder(names: DictConfig, seed: int, fold: int, overrides: str) -> str:
-    """``model/plugin/data/seed=0,fold=0``, then what else the command line set."""
-    own = ",".join(part for part in (f"seed={seed}", f"fold={fold}", overrides) if part)
-    return "/".join((names.model, names.plugin, names.data, own))
-
-
-def _prepare_folder(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | None:
-    """Make the folder ready; the result if it holds a complete run of this configuration."""
-    file = folder / "config.yaml"
-    begun = any((folder / name).exists() for name in (METRICS_FILE, "checkpoints/last.ckpt"))
-    if resolved["resume"] and begun:
-        earlier: Any = OmegaConf.to_container(OmegaConf.load(file))
-        changed = sorted(_flat(earlier).items() ^ _flat(resolved).items())
-        if changed:
-            raise ValueError(
-                f"{folder} holds a run of another configuration; these differ: "
-                f"{sorted({key for key, _ in changed})}. Choose another out=..., or resume=false "
-                "to replace that run."
-            )
-        if (folder / METRICS_FILE).exists():
-            return read_metrics(folder)
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        if not resolved["resume"]:
-            for name in (METRICS_FILE, "predictions.csv", "attention.csv"):
-                (folder / name).unlink(missing_ok=True)
-            for name in ("checkpoints", "logs"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(file, OmegaConf.to_yaml(OmegaConf.create(resolved)))
-    return None
-
-
-def _flat(node: Any, path: str = "") -> dict[str, str]:
-    if path in _NOT_COMPARED:
-        return {}
-    if not isinstance(node, dict):
-        return {path: repr(node)}
-    children = (_flat(child, f"{path}.{name}".lstrip(".")) for name, child in node.items())
-    return {key: value for child in children for key, value in child.items()}
-
-
 def _plugins(config: DictConfig) -> list[Callback]:
     return [hydra.utils.instantiate(config.plugin)] if config.plugin else []
 
 
+def _site(config: DictConfig) -> Any:
+    return (
+        hydra.utils.instantiate(config.site) if isinstance(config.site, DictConfig) else config.site
+    )
+
+
 def _monitor(config: DictConfig, folder: Path) -> AttentionMonitor:
-    site = config.site
-    if isinstance(site, DictConfig):
-        site = hydra.utils.instantiate(site)
     # Not strict: a model trains without a plug-in whether or not its attention can be found.
-    return AttentionMonitor(site, path=folder / "attention.csv", strict=False)
+    return AttentionMonitor(_site(config), path=folder / "attention.csv", strict=False)
+
+
+def _data(config: DictConfig, trainer: Trainer) -> BagDataModule:
+    data: BagDataModule = hydra.utils.instantiate(config.data)
+    # As the Trainer does in a fit: the data module asks it for the number of processes.
+    data.trainer = trainer
+    data.setup("fit")
+    return data
+
+
+def _ranked(bags: BagSequence) -> list[str]:
+    """Ids of bags, those of high classes first: their attention has something to find."""
+    labels = bags.labels
+    order = sorted(range(len(bags)), key=lambda index: -labels[index])
+    return [bags.bag_ids[index] for index in order]
 
 
 def _fixed_callbacks(config: DictConfig) -> list[Callback]:
@@ -273,44 +268,49 @@ def _fit(trainer: Trainer, module: LightningModule, data: BagDataModule, last: P
 
 
 def _evaluate(
-    trainer: Trainer, module: MILModule, data: BagDataModule, checkpoint: str, folder: Path
+    trainer: Trainer,
+    module: MILModule,
+    data: BagDataModule,
+    *,
+    maps: MapRecorder,
+    checkpoint: str,
 ) -> dict[str, float]:
     """Metrics of the chosen checkpoint on validation and test bags; writes its predictions."""
+    if maps.found is None and not maps.gave_up:
+        maps.found = _site_without_a_fit(module, data)
     metrics: dict[str, float] = {}
     rows: list[tuple[str, Prediction]] = []
     for part, evaluate in (("val", trainer.validate), ("test", trainer.test)):
+        if part not in data.parts:
+            log.warning("No slides for %s, so nothing is measured there.", part)
+            continue
         metrics |= evaluate(module, datamodule=data, ckpt_path=checkpoint, verbose=False)[0]
         rows += [(part, prediction) for prediction in module.predictions]
     if trainer.is_global_zero:
-        _write_predictions(folder / "predictions.csv", rows)
-    attention = folder / "attention.csv"
-    return metrics | attention_summary(read_attention(attention) if attention.exists() else [])
+        write_predictions(Path(trainer.default_root_dir) / "predictions.csv", rows)
+    return metrics
 
 
-def _write_predictions(file: Path, rows: list[tuple[str, Prediction]]) -> None:
-    n_classes = len(rows[0][1].probabilities)
-    with file.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["bag_id", "label", "split", *(f"prob_{c}" for c in range(n_classes))])
-        writer.writerows([row.bag_id, row.label, part, *row.probabilities] for part, row in rows)
-
-
-@rank_zero_only
-def _write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    # Last of all files and in one piece: its presence says that the run is complete.
-    _write(folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(file)
+def _site_without_a_fit(module: MILModule, data: BagDataModule) -> Site | None:
+    """Where the attention is, when the fit was complete before this process began."""
+    try:
+        return inspect_model(copy.deepcopy(module.model), width=data.in_features).site.within(
+            "model"
+        )
+    except ValueError as error:
+        log.warning("No attention maps: %s", error)
+        return None
 
 
 @rank_zero_only
 def _log_result(metrics: dict[str, Any]) -> None:
+    part = "test" if "test/f1" in metrics else "val"
+    names = ("f1", "F1"), ("auroc", "AUROC"), ("accuracy", "accuracy")
     log.info(
-        "%(model)s + %(plugin)s on %(data)s, seed %(seed)s, fold %(fold)s: "
-        "test F1 %(test/f1).3f, AUROC %(test/auroc).3f, accuracy %(test/accuracy).3f",
-        metrics,
+        "%s, seed %s, fold %s: %s %s",
+        "{model} + {plugin} on {data}".format(**metrics),
+        metrics["seed"],
+        metrics["fold"],
+        part,
+        ", ".join(f"{title} {metrics[f'{part}/{key}']:.3f}" for key, title in names),
     )

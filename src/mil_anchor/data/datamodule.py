@@ -36,6 +36,9 @@ class BagDataModule(LightningDataModule):
         seed: Seed of the split over processes; on one process, the order follows torch's global
             random state, so that a run which restores that state resumes exactly.
 
+    Attributes:
+        mpp: Micrometres per level-0 pixel of the bags' coordinates; None if it is unknown.
+
     Raises:
         ValueError: If ``batch_size`` or ``num_workers`` is out of range.
     """
@@ -52,6 +55,7 @@ class BagDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.mpp: float | int | None = None
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but {batch_size} came. Use 1.")
         if num_workers < 0:
@@ -71,11 +75,11 @@ class BagDataModule(LightningDataModule):
         Raises:
             ValueError: If the bags differ in width.
         """
-        widths = {part: bags.width for part, bags in self._parts().items()}
+        widths = {part: bags.width for part, bags in self.parts.items()}
         if len(set(widths.values())) > 1:
             found = ", ".join(
                 f"{width} in {part} ({bags.bag_ids[0]!r}, ...)"
-                for (part, bags), width in zip(self._parts().items(), widths.values(), strict=True)
+                for (part, bags), width in zip(self.parts.items(), widths.values(), strict=True)
             )
             raise ValueError(
                 f"All bags must have one feature width, but there are {found}. "
@@ -86,7 +90,7 @@ class BagDataModule(LightningDataModule):
     @property
     def n_classes(self) -> int:
         """Number of classes: the largest label plus one."""
-        return 1 + max(label for bags in self._parts().values() for label in bags.labels)
+        return 1 + max(label for bags in self.parts.values() for label in bags.labels)
 
     @override
     def setup(self, stage: str) -> None:
@@ -104,7 +108,9 @@ class BagDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Bag]:
         return self._loader(self.test_bags, sampler=None)
 
-    def _parts(self) -> dict[str, BagSequence]:
+    @property
+    def parts(self) -> dict[str, BagSequence]:
+        """The bags of train, val and test; a part without bags is left out."""
         if not len(self.train_bags):
             raise RuntimeError(
                 "A data module needs training bags, but it has none. "

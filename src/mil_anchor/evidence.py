@@ -1,0 +1,101 @@
+"""What the attention maps of a complete run show: localisation on the test slides, heat maps."""
+
+import csv
+import logging
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from mil_anchor.localization import (
+    LocalizationReport,
+    LocalizationRow,
+    SlideScores,
+    localize,
+    rescale,
+)
+from mil_anchor.maps.file import MAPS_FILE, KeptBag, read_map, read_maps
+
+log = logging.getLogger(__name__)
+
+
+def write_evidence(folder: Path, *, mpp: float | int | None, n_drawn: int) -> dict[str, float]:
+    """Measure how well the attention finds lesions, and draw it on some slides.
+
+    The score of a tile is the attention (mean over rows), rescaled to [0, 1] on its slide. FROC,
+    which compares slides, multiplies it by the probability that the slide is not of class 0.
+
+    Args:
+        folder: The run folder, with ``predictions.csv`` and ``attention.h5``; without maps there is
+            nothing to do.
+        mpp: Micrometres per level-0 pixel, which FROC needs; None if it is unknown.
+        n_drawn: Number of test slides to draw into ``heatmaps/``, those of high classes first.
+
+    Returns:
+        Metrics of the localisation on the test slides; empty where no tile is annotated.
+    """
+    file = folder / MAPS_FILE
+    if not file.exists():
+        return {}
+    tested = [bag for bag in read_maps(file) if bag.part == "test" and bag.has_best]
+    _draw(folder, tested, n_drawn)
+    report = localize(_scores(folder, tested, mpp))
+    if report.rows:
+        _write_rows(folder / "localization.csv", report.rows)
+        _log_report(report)
+    return report.metrics
+
+
+def _scores(
+    folder: Path, tested: Sequence[KeptBag], mpp: float | int | None
+) -> Iterator[SlideScores]:
+    with (folder / "predictions.csv").open(newline="") as stream:
+        class_0 = {row["bag_id"]: float(row["prob_0"]) for row in csv.DictReader(stream)}
+    # Lesion-level figures need an extra; tile-level ones do not.
+    has_morphology = all(map(find_spec, ("scipy", "skimage")))
+    if tested and not has_morphology:
+        log.warning(
+            "No FROC: it needs scipy and scikit-image: pip install 'mil_anchor[localization]'"
+        )
+    for bag in tested:
+        slide = read_map(folder / MAPS_FILE, bag.bag_id)
+        yield SlideScores(
+            slide.bag_id,
+            slide.label,
+            rescale(slide.attention(None)),
+            instance_label=slide.instance_label,
+            lesion=slide.lesion,
+            coords=slide.coords if has_morphology else None,
+            mpp=mpp,
+            confidence=1 - class_0[bag.bag_id],
+        )
+
+
+def _write_rows(file: Path, rows: Sequence[LocalizationRow]) -> None:
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(LocalizationRow._fields)
+        writer.writerows(rows)
+
+
+def _log_report(report: LocalizationReport) -> None:
+    shown = {key.removeprefix("localization/"): value for key, value in report.metrics.items()}
+    log.info(
+        "localisation on %d test slides: %s%s",
+        len(report.rows),
+        ", ".join(f"{name} {value:.3f}" for name, value in shown.items() if name != "froc"),
+        f"; {report.froc}" if report.froc is not None else "",
+    )
+
+
+def _draw(folder: Path, tested: Sequence[KeptBag], n_drawn: int) -> None:
+    ranked = sorted(tested, key=lambda bag: -bag.label)[:n_drawn]
+    if not ranked:
+        return
+    try:
+        from mil_anchor.maps.heatmap import heatmap
+    except ModuleNotFoundError as error:
+        log.warning("No heat maps: %s", error)
+        return
+    for bag in ranked:
+        heatmap([folder], bag.bag_id)
+    log.info("Drew heat maps of %d test slides into %s", len(ranked), folder / "heatmaps")

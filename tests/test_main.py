@@ -1,0 +1,171 @@
+"""The command line, on a cohort that it has written itself."""
+
+import json
+import re
+
+import pytest
+
+from mil_anchor.__main__ import main
+from mil_anchor.data.labels import read_labels
+from mil_anchor.data.split_files import read_split
+from mil_anchor.data.stores import open_store
+from mil_anchor.experiment import run
+from tests.composing import composed
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cohort") / "slides"
+    assert main(["synthesize", str(folder), "--size", "tiny", "--preset", "bracs_like"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(cohort, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    run(
+        composed(
+            "data=folder",
+            f"data.root={cohort}",
+            f"data.labels={cohort / 'labels.csv'}",
+            f"data.splits={cohort}",
+            "data.mpp=0.5",
+            "data.classes=[benign,atypical,malignant]",
+            "hidden=16",
+            "maps=2",
+            "trainer.max_epochs=3",
+            "trainer.enable_progress_bar=false",
+            folder=folder,
+        )
+    )
+    return folder
+
+
+def test_synthesize__again__writes_nothing_anew_and_says_how_to_train(cohort, capsys):
+    slide = next((cohort / "h5_files").iterdir())
+    before = slide.stat().st_mtime_ns
+
+    assert main(["synthesize", str(cohort), "--size", "tiny", "--preset", "bracs_like"]) == 0
+
+    assert slide.stat().st_mtime_ns == before
+    said = capsys.readouterr().out
+    assert (
+        f"python run.py data=folder data.root={cohort} data.labels={cohort / 'labels.csv'}" in said
+    )
+
+
+def test_synthesize__folder_of_something_else__is_refused(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+
+    assert main(["synthesize", str(tmp_path), "--size", "tiny"]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_inspect_data__sound_store__prints_counts_and_exits_with_0(cohort, capsys):
+    assert main(["inspect-data", str(cohort), str(cohort / "labels.csv")]) == 0
+
+    said = capsys.readouterr().out
+    assert re.search(r"slides\D*60", said)
+    assert "malignant" in said
+
+
+def test_inspect_data__slides_missing_and_broken__lists_them_and_exits_with_1(
+    cohort, tmp_path, capsys
+):
+    table = tmp_path / "labels.csv"
+    table.write_text((cohort / "labels.csv").read_text() + "p,gone,benign\n")
+
+    assert main(["inspect-data", str(cohort), str(table)]) == 1
+    assert "gone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["inspect-data", "repack"])
+def test_command__path_that_is_not_there__names_it(tmp_path, command, capsys):
+    gone = tmp_path / "nowhere"
+    arguments = [str(tmp_path / "out.h5")] if command == "repack" else []
+
+    assert main([command, str(gone), *arguments]) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_repack__then_inspect__agrees_with_the_source(cohort, tmp_path, capsys):
+    packed = tmp_path / "features.h5"
+
+    assert main(["repack", str(cohort), str(packed), "--dtype", "float32"]) == 0
+    assert "60 slides" in capsys.readouterr().out
+    source, again = open_store(cohort), open_store(packed)
+    assert again.slide_ids == source.slide_ids
+    for slide_id in source.slide_ids[:5]:
+        one, other = source.read(slide_id), again.read(slide_id)
+        assert one.features.equal(other.features)
+        assert one.lesion.equal(other.lesion)
+    assert main(["inspect-data", str(packed), str(cohort / "labels.csv")]) == 0
+
+
+@pytest.mark.parametrize("layout", ["plain", "clam"])
+def test_split__table__writes_folds_that_can_be_read(cohort, tmp_path, layout, capsys):
+    labels = cohort / "labels.csv"
+    arguments = ["--folds", "3", "--val-fraction", "0.2", "--layout", layout, "--seed", "4"]
+
+    assert main(["split", str(labels), str(tmp_path), *arguments]) == 0
+
+    assert capsys.readouterr().out.count("Wrote") == 3
+    table = read_labels(labels)
+    tested = []
+    for fold in range(3):
+        tested += read_split(tmp_path, table, fold=fold, val_fraction=0.5, seed=0).test
+    assert sorted(tested) == list(range(60))
+
+
+def test_split__more_folds_than_slides_of_a_class__is_refused(cohort, tmp_path, capsys):
+    assert main(["split", str(cohort / "labels.csv"), str(tmp_path), "--folds", "50"]) == 1
+    assert "50 folds" in capsys.readouterr().err
+
+
+def test_heatmap__run_on_a_written_cohort__draws_best_and_epochs(trained, tmp_path, capsys):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert {"localization/dice", "localization/specificity", "localization/froc"} <= set(metrics)
+    assert len(list((trained / "heatmaps").glob("*.png"))) == 2
+    header, *rows = (trained / "split.csv").read_text().splitlines()
+    assert header == "slide_id,label,split"
+    val = [row.split(",")[0] for row in rows if row.endswith("val")]
+    highest = max(rows, key=lambda row: (row.endswith("val"), row.split(",")[1])).split(",")[0]
+    assert highest in val
+    sheet = tmp_path / "sheet.png"
+
+    arguments = ["--slide", highest, "--epochs", "0,2", "--scale", "log", "--out", str(sheet)]
+    assert main(["heatmap", str(trained), *arguments, "--geojson"]) == 0
+
+    said = capsys.readouterr().out
+    assert sheet.exists()
+    assert said.count(".geojson") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--slide", "nobody"], "'nobody' came"),
+        (["--slide", "TEST", "--epochs", "1"], "epoch 1"),
+    ],
+)
+def test_heatmap__slide_or_epoch_that_is_not_kept__lists_what_is(
+    trained, arguments, message, capsys
+):
+    rows = (trained / "split.csv").read_text().splitlines()
+    tested = next(row.split(",")[0] for row in rows if row.endswith("test"))
+    own = [tested if argument == "TEST" else argument for argument in arguments]
+
+    assert main(["heatmap", str(trained), *own]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_heatmap__folder_that_is_no_run__says_so(tmp_path, capsys):
+    assert main(["heatmap", str(tmp_path), "--slide", "s"]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("epochs", ["one", "1;2", ""])
+def test_heatmap__epochs_that_are_no_numbers__are_refused(tmp_path, epochs, capsys):
+    with pytest.raises(SystemExit):
+        main(["heatmap", str(tmp_path), "--slide", "s", "--epochs", epochs])
+    assert "--epochs" in capsys.readouterr().err
