@@ -95,7 +95,7 @@ def memory() -> str:
     """What training takes, as benchmarks/training_memory.py has measured it."""
     measured = json.loads((BENCHMARKS / "training_memory.json").read_text())
     rows = [
-        f"| `{keep}` | {row['budget_gb']:g} | {row['peak_gb']:.2f} | {row['run_s']:.0f} |"
+        f"| `{keep}` | {row['budget_gb']:g} | {row['peak_gb']:.2f} |"
         for keep, row in measured["keep_in_memory"].items()
     ]
     return "\n".join(
@@ -105,8 +105,8 @@ def memory() -> str:
             "stays under these budgets (`python -m benchmarks.training_memory` takes the largest "
             "resident set of the process, and fails if a budget does not hold):",
             "",
-            "| `data.keep_in_memory` | budget, GB | measured, GB | run, s |",
-            "|---|---:|---:|---:|",
+            "| `data.keep_in_memory` | budget, GB | measured, GB |",
+            "|---|---:|---:|",
             *rows,
         ]
     )
@@ -128,7 +128,8 @@ def page(text: str) -> str:
             continue
         new = part()
         pattern = rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)"
-        text = re.sub(pattern, lambda _, new=new: f"{new}\n", text, flags=re.DOTALL)
+        # Once: after an empty part the pattern would match again, up to the end of the next one.
+        text = re.sub(pattern, lambda _, new=new: f"{new}\n", text, count=1, flags=re.DOTALL)
     return text
 
 

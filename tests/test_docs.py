@@ -52,6 +52,14 @@ def test_your_model__generated_parts__are_up_to_date():
     assert TEXT.count("`torchmil.models.") >= 17
 
 
+def test_page__empty_parts__are_filled_and_leave_what_is_between():
+    text = "<!-- memory -->\n<!-- end -->\nbetween\n<!-- reading -->\n<!-- end -->\nafter\n"
+    filled = page(text)
+    assert filled.count("<!-- end -->\nbetween\n<!-- reading -->\nCPU milliseconds") == 1
+    assert filled.endswith("|\n<!-- end -->\nafter\n")
+    assert page(filled) == filled
+
+
 def test_your_model__quoted_errors__stand_in_the_source():
     strings = []
     for file in (ROOT / "src" / "mil_anchor").rglob("*.py"):
@@ -70,14 +78,14 @@ def test_your_model__quoted_errors__stand_in_the_source():
         assert all(any(half in string for string in strings) for half in halves), message
 
 
-def test_your_data__python_block__runs_on_a_folder_of_features(tmp_path, monkeypatch, capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", DATA_TEXT, flags=re.DOTALL)
+def test_your_data__python_blocks__run_and_print(tmp_path, monkeypatch, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", DATA_TEXT, flags=re.DOTALL)
     write_trident(tmp_path, "slide_1").parent.rename(tmp_path / "features")
     monkeypatch.chdir(tmp_path)
 
-    exec(compile(block, DATA_PAGE.name, "exec"), {"__name__": "docs"})
-
-    assert "PixelCoords 512" in capsys.readouterr().out
+    for block, printed in zip(blocks, ("FROC 1.000 (by hand;", "PixelCoords 512"), strict=True):
+        exec(compile(block, DATA_PAGE.name, "exec"), {"__name__": "docs"})
+        assert printed in capsys.readouterr().out
 
 
 def test_your_data__run_commands__compose():

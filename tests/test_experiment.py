@@ -130,6 +130,22 @@ def test_run__third_party_model__runs_with_its_attention_found_or_named(tmp_path
     assert metrics["attention/jsd"] >= 0
 
 
+@pytest.mark.filterwarnings("ignore:The scores of attention block")
+def test_run__named_attention_killed_between_fit_and_test__is_not_looked_for(tmp_path, caplog):
+    # The model has none that could be found.
+    arguments = (*_third_party(tmp_path, "SigmoidModel"), "site=model.scorer")
+    slides = ("data=synthetic", "data.size=tiny", "maps=0")
+    folder = tmp_path / "run"
+    _run(folder, *arguments, *slides)
+    (folder / "metrics.json").unlink()
+    caplog.clear()
+
+    metrics = _run(folder, *arguments, *slides)
+
+    assert "localization/dice" in metrics
+    assert "No attention maps" not in caplog.text
+
+
 def test_run__model_without_attention__runs_without_a_plugin_only(tmp_path):
     arguments = _third_party(tmp_path, "NoAttention")
 
@@ -176,6 +192,26 @@ def test_run__slides_without_a_test_part__measures_validation(tmp_path):
     assert metrics["val/f1"] >= 0
     assert not any(key.startswith(("test/", "localization/")) for key in metrics)
     assert not (tmp_path / "run" / "heatmaps").exists()
+
+
+def test_run__slides_of_which_nothing_is_known__says_that_there_are_no_maps(tmp_path, caplog):
+    (tmp_path / "pt_files").mkdir()
+    rows = ["slide_id,label,split"]
+    for index, part in enumerate(["train"] * 4 + ["val"] * 2 + ["test"] * 2):
+        torch.save(torch.randn(5 + index, 8), tmp_path / "pt_files" / f"s{index}.pt")
+        rows.append(f"s{index},{index % 2},{part}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+
+    metrics = _run(
+        tmp_path / "run",
+        "data=folder",
+        f"data.root={tmp_path / 'pt_files'}",
+        f"data.labels={tmp_path / 'labels.csv'}",
+        "hidden=8",
+    )
+
+    assert metrics["test/f1"] >= 0
+    assert "No attention maps: these slides have neither coordinates nor" in caplog.text
 
 
 def test_run__slides__keeps_maps_and_measures_localisation(tmp_path):

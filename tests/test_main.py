@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 
@@ -117,6 +118,21 @@ def test_split__table__writes_folds_that_can_be_read(cohort, tmp_path, layout, c
     assert sorted(tested) == list(range(60))
 
 
+def test_split__help__says_what_folds_and_layouts_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["split", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "a table with a column split has one" in said
+    assert "clam: splits_<fold>.csv" in said
+
+
+def test_split__folder_with_folds_of_another_draw__names_them(cohort, tmp_path, capsys):
+    arguments = ["split", str(cohort / "labels.csv"), str(tmp_path), "--val-fraction", "0.2"]
+    assert main([*arguments, "--folds", "4"]) == 0
+    assert main([*arguments, "--folds", "3"]) == 1
+    assert "['fold_3.csv'] are of another" in " ".join(capsys.readouterr().err.split())
+
+
 def test_split__more_folds_than_slides_of_a_class__is_refused(cohort, tmp_path, capsys):
     assert main(["split", str(cohort / "labels.csv"), str(tmp_path), "--folds", "50"]) == 1
     assert "50 folds" in capsys.readouterr().err
@@ -159,6 +175,12 @@ def test_heatmap__slide_or_epoch_that_is_not_kept__lists_what_is(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_heatmap__size_of_a_pixel_of_zero__is_refused(trained, capsys):
+    slide = next((trained / "heatmaps").glob("*.png")).stem
+    assert main(["heatmap", str(trained), "--slide", slide, "--mpp", "0"]) == 1
+    assert "mpp must be a number above 0, but 0.0 came" in capsys.readouterr().err
+
+
 def test_heatmap__folder_that_is_no_run__says_so(tmp_path, capsys):
     assert main(["heatmap", str(tmp_path), "--slide", "s"]) == 1
     assert str(tmp_path) in capsys.readouterr().err
@@ -169,3 +191,11 @@ def test_heatmap__epochs_that_are_no_numbers__are_refused(tmp_path, epochs, caps
     with pytest.raises(SystemExit):
         main(["heatmap", str(tmp_path), "--slide", "s", "--epochs", epochs])
     assert "--epochs" in capsys.readouterr().err
+
+
+def test_synthesize__path_with_a_space__prints_a_command_that_a_shell_reads(tmp_path, capsys):
+    folder = tmp_path / "my slides"
+    assert main(["synthesize", str(folder), "--size", "tiny", "--layout", "packed"]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert f"data.root={folder / 'features.h5'}" in command
+    assert "data.classes=[negative,positive]" in command

@@ -22,3 +22,16 @@ class NoAttention(nn.Module):
 
     def forward(self, features):
         return self.head(features.mean(dim=1))
+
+
+class SigmoidModel(nn.Module):
+    """Its attention is no softmax, and can only be named."""
+
+    def __init__(self, in_features, n_classes) -> None:
+        super().__init__()
+        self.scorer = nn.Linear(in_features, 1)
+        self.head = nn.Linear(in_features, n_classes)
+
+    def forward(self, features):
+        weights = torch.sigmoid(self.scorer(features))
+        return self.head((weights * features).sum(dim=1) / weights.sum(dim=1))

@@ -1,6 +1,7 @@
 """Command line: python -m mil_anchor COMMAND ..."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,12 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
         Console(stderr=True).print(str(error), style="red", markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted.", style="red")
+        Console(stderr=True).print("Interrupted. The same command goes on.", style="red")
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mil_anchor", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m mil_anchor",
+        description="Looks into models and data, prepares data, draws and reports what runs hold.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (
         _add_inspect,
@@ -142,10 +146,17 @@ def _add_split(commands: Any) -> None:
     command = _command(commands, "split", text, _split)
     command.add_argument("labels", type=Path, help="table with slide_id, label[, split][, case_id]")
     command.add_argument("folder", metavar="DST", type=Path, help="folder for the split files")
-    command.add_argument("--folds", type=int, default=5, help="folds (default: 5); with a column")
+    command.add_argument(
+        "--folds", type=int, default=5, help="default: 5; a table with a column split has one"
+    )
     command.add_argument("--val-fraction", type=float, default=0.1, help="default: 0.1")
     command.add_argument("--seed", type=int, default=0, help="default: 0")
-    command.add_argument("--layout", choices=("plain", "clam"), default="plain")
+    command.add_argument(
+        "--layout",
+        choices=("plain", "clam"),
+        default="plain",
+        help="plain (default): fold_<fold>.csv with a column split; clam: splits_<fold>.csv",
+    )
     command.add_argument("--label", help="column of the labels (default: label)")
 
 
@@ -166,10 +177,18 @@ def _split(chosen: argparse.Namespace) -> int:
             )
             for fold in range(chosen.folds)
         ]
+    written = set()
     for fold, split in enumerate(splits):
         file = write_split(split, table, folder=chosen.folder, fold=fold, layout=chosen.layout)
         sizes = ", ".join(f"{part} {len(own)}" for part, own in split.parts.items())
         _say(f"Wrote {file}: {sizes}")
+        written.add(file)
+    others = {*chosen.folder.glob("fold_*.csv"), *chosen.folder.glob("splits_*.csv")} - written
+    if others:
+        raise ValueError(
+            f"{chosen.folder} must hold the folds of one draw, but "
+            f"{sorted(file.name for file in others)} are of another. Delete them."
+        )
     return 0
 
 
@@ -186,10 +205,17 @@ def _add_synthesize(commands: Any) -> None:
 def _synthesize(chosen: argparse.Namespace) -> int:
     cohort = SyntheticCohort(chosen.preset, chosen.size, seed=chosen.seed)
     root = write_cohort(cohort, chosen.folder, layout=chosen.layout)
+    overrides = [
+        "data=folder",
+        f"data.root={root}",
+        f"data.labels={chosen.folder / 'labels.csv'}",
+        f"data.splits={chosen.folder}",
+        f"data.mpp={MPP}",
+        f"data.classes=[{','.join(cohort.classes)}]",
+    ]
     _say(
         f"Wrote {len(cohort)} slides. Train on them:",
-        f"python run.py data=folder data.root={root} data.labels={chosen.folder / 'labels.csv'} "
-        f"data.splits={chosen.folder} data.mpp={MPP} 'data.classes=[{','.join(cohort.classes)}]'",
+        f"python run.py {shlex.join(overrides)}",
     )
     return 0
 
@@ -210,6 +236,11 @@ def _add_heatmap(commands: Any) -> None:
         "--scale", choices=("percentile", "linear", "log"), default="percentile", help="of colours"
     )
     command.add_argument("--geojson", action="store_true", help="write tiles for QuPath, too")
+    command.add_argument(
+        "--mpp",
+        type=float,
+        help="micrometres per level-0 pixel; default: the image's, or data.mpp of the run",
+    )
     command.add_argument("--out", type=Path, help="image to write (default: in the run folder)")
 
 
@@ -224,6 +255,7 @@ def _heatmap(chosen: argparse.Namespace) -> int:
         image=chosen.image,
         scale=chosen.scale,
         geojson=chosen.geojson,
+        mpp=chosen.mpp,
         out=chosen.out,
     )
     _say(*(f"Wrote {file}" for file in files))

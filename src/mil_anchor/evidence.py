@@ -3,7 +3,6 @@
 import csv
 import logging
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from mil_anchor.localization import (
@@ -18,11 +17,15 @@ from mil_anchor.maps.file import MAPS_FILE, KeptBag, read_map, read_maps
 log = logging.getLogger(__name__)
 
 
-def write_evidence(folder: Path, *, mpp: float | int | None, n_drawn: int) -> dict[str, float]:
+def write_evidence(
+    folder: Path, *, mpp: float | int | None, n_drawn: int
+) -> dict[str, float | str]:
     """Measure how well the attention finds lesions, and draw it on some slides.
 
     The score of a tile is the attention (mean over rows), rescaled to [0, 1] on its slide. FROC,
-    which compares slides, multiplies it by the probability that the slide is not of class 0.
+    which compares slides, multiplies it by the probability that the slide is not of class 0. What
+    cannot be measured or drawn (a wrong ``mpp``, an extra that is not installed) is a warning: it
+    must not cost the run, which is complete but for this.
 
     Args:
         folder: The run folder, with ``predictions.csv`` and ``attention.h5``; without maps there is
@@ -31,31 +34,50 @@ def write_evidence(folder: Path, *, mpp: float | int | None, n_drawn: int) -> di
         n_drawn: Number of test slides to draw into ``heatmaps/``, those of high classes first.
 
     Returns:
-        Metrics of the localisation on the test slides; empty where no tile is annotated.
+        Metrics of the localisation on the test slides, and in ``localization/detections`` how FROC
+        made detections; empty where no tile is annotated.
     """
     file = folder / MAPS_FILE
     if not file.exists():
         return {}
     tested = [bag for bag in read_maps(file) if bag.part == "test" and bag.has_best]
-    _draw(folder, tested, n_drawn)
-    report = localize(_scores(folder, tested, mpp))
+    _draw(folder, tested, n_drawn, mpp=mpp)
+    report = _measure(folder, tested, mpp)
     if report.rows:
         _write_rows(folder / "localization.csv", report.rows)
         _log_report(report)
-    return report.metrics
+    how = {} if report.froc is None else {"localization/detections": report.froc.detections}
+    return {**report.metrics, **how}
+
+
+def _measure(
+    folder: Path, tested: Sequence[KeptBag], mpp: float | int | None
+) -> LocalizationReport:
+    try:
+        report = localize(_scores(folder, tested, mpp=mpp))
+    except (ValueError, ModuleNotFoundError) as error:
+        log.warning("No FROC: %s", error)
+        return localize(_scores(folder, tested, mpp=mpp, placed=False))
+    positive = [row for row in report.rows if row.n_lesion_tiles]
+    if sum(row.label == 0 for row in positive) > len(positive) / 2:
+        log.warning(
+            "Most slides with a lesion have class 0, which the localisation takes for the class "
+            "without. Name the classes in another order: data.classes=[normal, ...]"
+        )
+    if report.froc is None and any(row.n_lesions for row in report.rows):
+        log.warning(
+            "No FROC: no lesion counts. Either the place of its tiles in micrometres is not known "
+            "(data.mpp says the micrometres per level-0 pixel), or it is of isolated tumour cells."
+        )
+    return report
 
 
 def _scores(
-    folder: Path, tested: Sequence[KeptBag], mpp: float | int | None
+    folder: Path, tested: Sequence[KeptBag], *, mpp: float | int | None, placed: bool = True
 ) -> Iterator[SlideScores]:
+    """Scores and annotation of the slides; not ``placed``: for the figures of tiles only."""
     with (folder / "predictions.csv").open(newline="") as stream:
         class_0 = {row["bag_id"]: float(row["prob_0"]) for row in csv.DictReader(stream)}
-    # Lesion-level figures need an extra; tile-level ones do not.
-    has_morphology = all(map(find_spec, ("scipy", "skimage")))
-    if tested and not has_morphology:
-        log.warning(
-            "No FROC: it needs scipy and scikit-image: pip install 'mil_anchor[localization]'"
-        )
     for bag in tested:
         slide = read_map(folder / MAPS_FILE, bag.bag_id)
         yield SlideScores(
@@ -64,9 +86,9 @@ def _scores(
             rescale(slide.attention(None)),
             instance_label=slide.instance_label,
             lesion=slide.lesion,
-            coords=slide.coords if has_morphology else None,
+            coords=slide.coords if placed else None,
             mpp=mpp,
-            confidence=1 - class_0[bag.bag_id],
+            confidence=max(0.0, 1 - class_0[bag.bag_id]),
         )
 
 
@@ -87,7 +109,9 @@ def _log_report(report: LocalizationReport) -> None:
     )
 
 
-def _draw(folder: Path, tested: Sequence[KeptBag], n_drawn: int) -> None:
+def _draw(
+    folder: Path, tested: Sequence[KeptBag], n_drawn: int, *, mpp: float | int | None
+) -> None:
     ranked = sorted(tested, key=lambda bag: -bag.label)[:n_drawn]
     if not ranked:
         return
@@ -96,6 +120,11 @@ def _draw(folder: Path, tested: Sequence[KeptBag], n_drawn: int) -> None:
     except ModuleNotFoundError as error:
         log.warning("No heat maps: %s", error)
         return
+    n_done = 0
     for bag in ranked:
-        heatmap([folder], bag.bag_id)
-    log.info("Drew heat maps of %d test slides into %s", len(ranked), folder / "heatmaps")
+        try:
+            heatmap([folder], bag.bag_id, mpp=mpp)
+            n_done += 1
+        except ValueError as error:
+            log.warning("No heat map: %s", error)
+    log.info("Drew heat maps of %d test slides into %s", n_done, folder / "heatmaps")

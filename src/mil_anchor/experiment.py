@@ -22,6 +22,7 @@ from mil_anchor.callbacks.monitor import AttentionMonitor, read_attention
 from mil_anchor.callbacks.random_state import RandomState
 from mil_anchor.data.bags import BagSequence
 from mil_anchor.data.datamodule import BagDataModule
+from mil_anchor.data.folder import SlideDataModule
 from mil_anchor.evidence import write_evidence
 from mil_anchor.inspection import inspect_model
 from mil_anchor.maps.file import MAPS_FILE
@@ -137,7 +138,8 @@ def run(config: DictConfig) -> dict[str, Any]:
             f"tested, but none was written with trainer.max_epochs={config.trainer.max_epochs}. "
             "Train longer, without fast_dev_run or limits on validation."
         )
-    evaluated = _evaluate(trainer, module, data, maps=maps, checkpoint=best.best_model_path)
+    evaluated: dict[str, float | str] = {}
+    evaluated |= _evaluate(trainer, module, data, maps=maps, checkpoint=best.best_model_path)
     attention = folder / "attention.csv"
     evaluated |= attention_summary(read_attention(attention) if attention.exists() else [])
     if trainer.is_global_zero:
@@ -148,7 +150,8 @@ def run(config: DictConfig) -> dict[str, Any]:
         **resolved["names"],
         "seed": config.seed,
         "fold": config.data.fold,
-        **evaluated,
+        # What is not defined, such as the AUROC of one class, is left out: JSON has no NaN.
+        **{key: value for key, value in evaluated.items() if value == value},
         "best_epoch": torch.load(best.best_model_path, weights_only=True)["epoch"],
         "time/fit_s": fit_s,
         "time/epoch_s": fit_s / max(1, trainer.current_epoch),
@@ -276,7 +279,7 @@ def _evaluate(
     checkpoint: str,
 ) -> dict[str, float]:
     """Metrics of the chosen checkpoint on validation and test bags; writes its predictions."""
-    if maps.found is None and not maps.gave_up:
+    if maps.site is None and maps.found is None and not maps.gave_up:
         maps.found = _site_without_a_fit(module, data)
     metrics: dict[str, float] = {}
     rows: list[tuple[str, Prediction]] = []
@@ -287,6 +290,8 @@ def _evaluate(
         metrics |= evaluate(module, datamodule=data, ckpt_path=checkpoint, verbose=False)[0]
         rows += [(part, prediction) for prediction in module.predictions]
     if trainer.is_global_zero:
+        if isinstance(data, SlideDataModule) and not maps.path.exists() and not maps.gave_up:
+            log.warning("No attention maps: these slides have neither coordinates nor tile labels.")
         write_predictions(Path(trainer.default_root_dir) / "predictions.csv", rows)
     return metrics
 
@@ -305,12 +310,13 @@ def _site_without_a_fit(module: MILModule, data: BagDataModule) -> Site | None:
 @rank_zero_only
 def _log_result(metrics: dict[str, Any]) -> None:
     part = "test" if "test/f1" in metrics else "val"
-    names = ("f1", "F1"), ("auroc", "AUROC"), ("accuracy", "accuracy")
+    names = {"f1": "F1", "auroc": "AUROC", "accuracy": "accuracy"}
+    there = {key: title for key, title in names.items() if f"{part}/{key}" in metrics}
     log.info(
         "%s, seed %s, fold %s: %s %s",
         "{model} + {plugin} on {data}".format(**metrics),
         metrics["seed"],
         metrics["fold"],
         part,
-        ", ".join(f"{title} {metrics[f'{part}/{key}']:.3f}" for key, title in names),
+        ", ".join(f"{title} {metrics[f'{part}/{key}']:.3f}" for key, title in there.items()),
     )

@@ -1,6 +1,7 @@
 """The folder of one run: its name, what it holds, and whether a run may go on in it."""
 
 import csv
+import io
 import json
 import shutil
 from hashlib import sha256
@@ -50,7 +51,11 @@ def folder_name(names: DictConfig, seed: int, fold: int, overrides: str) -> str:
 
 
 def prepare_folder(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | None:
-    """Make the folder ready; the result if it holds a complete run of this configuration."""
+    """Make the folder ready; the result if it holds a complete run of this configuration.
+
+    Nothing is left of a run that is not continued: one that ``resume=false`` replaces, or that
+    stopped before its first checkpoint, perhaps on other data.
+    """
     file = folder / "config.yaml"
     begun = any((folder / name).exists() for name in (METRICS_FILE, "checkpoints/last.ckpt"))
     if resolved["resume"] and begun:
@@ -65,7 +70,7 @@ def prepare_folder(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | N
         if (folder / METRICS_FILE).exists():
             return read_metrics(folder)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        if not resolved["resume"]:
+        if not resolved["resume"] or (file.exists() and not begun):
             for name in _FILES:
                 (folder / name).unlink(missing_ok=True)
             for name in _FOLDERS:
@@ -76,13 +81,26 @@ def prepare_folder(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | N
 
 
 def write_parts(file: Path, data: BagDataModule) -> None:
-    """Write ``split.csv``, the part of each bag, which ``data.splits`` and ``data.labels`` read."""
-    with file.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["slide_id", "label", "split"])
-        for part, bags in data.parts.items():
-            for bag_id, label in zip(bags.bag_ids, bags.labels, strict=True):
-                writer.writerow([bag_id, label, part])
+    """Write ``split.csv``, the part of each bag, which ``data.splits`` and ``data.labels`` read.
+
+    Raises:
+        ValueError: If the run to be continued was begun with other bags, labels or parts.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["slide_id", "label", "split"])
+    for part, bags in data.parts.items():
+        for bag_id, label in zip(bags.bag_ids, bags.labels, strict=True):
+            writer.writerow([bag_id, label, part])
+    # Files keep their names when their content changes: the run may have trained on test bags.
+    is_begun = (file.parent / "checkpoints" / "last.ckpt").exists() and file.exists()
+    if is_begun and file.read_text() != text.getvalue():
+        raise ValueError(
+            f"A run must go on with the slides, labels and parts that it was begun with, but those "
+            f"of the data differ from {file} now. Choose another out=..., or resume=false to "
+            "replace that run."
+        )
+    _write(file, text.getvalue())
 
 
 def write_predictions(file: Path, rows: list[tuple[str, Prediction]]) -> None:

@@ -236,13 +236,22 @@ def test_bracs__table_without_parts__takes_them_from_the_folders(tmp_path):
     assert _part_of(table) == {"a": "train", "b": "val"}
 
 
+def test_bracs__no_part_anywhere__leaves_parts_open(tmp_path):
+    labels = _write(tmp_path, "labels.csv", "slide_id,label\na,N\n")
+    assert bracs({"a": None}, labels).parts == [None]
+    assert bracs({"a": Path("Type_N/a.h5")}, None).parts == [None]
+
+
 @pytest.mark.parametrize(
     ("files", "content", "match"),
     [
         ({"a": None}, None, r"named after a type such as Type_ADH, but 1 do not: \['a'\]"),
         ({"a": Path("train/Group_AT/a.h5")}, None, r"1 do not: \['train/Group_AT/a\.h5'\]"),
-        ({"a": Path("Type_N/a.h5")}, None, "named after a part: train, val or test, but 1 do not"),
-        ({"a": None}, "slide_id,label\na,N\n", "named after a part"),
+        (
+            {"a": Path("Type_N/a.h5"), "b": Path("train/Type_N/b.h5")},
+            None,
+            "named after a part: train, val or test, but 1 do not",
+        ),
         ({"a": Path("train/a.h5")}, "slide_id,label\nb,N\n", r"lacks 1 slides: \['a'\]"),
         ({"a": Path("train/a.h5")}, "slide_id,label\na,3\n", "also holds '3'"),
     ],

@@ -5,6 +5,7 @@ from lightning.pytorch import Trainer
 from mil_anchor.data.bags import PixelCoords
 from mil_anchor.data.folder import FolderDataModule, SyntheticDataModule
 from mil_anchor.data.synthetic import MPP, SyntheticCohort, write_cohort
+from tests.data.stores.layouts import WIDTH, write_uni2
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,9 @@ def test_folder__slides_without_any_label__asks_for_a_table(written):
         ({"mpp": 0.0}, r"mpp must be .* above 0, but 0\.0 came"),
         ({"batch_size": 0}, "batch_size must be at least 1, but 0 came"),
         ({"num_workers": -1}, "num_workers must be at least 0, but -1 came"),
+        ({"cohort": "bracs", "label": "grade"}, "label and classes must be null, but 'grade'"),
+        ({"cohort": "bracs", "classes": ["N"]}, r"must be null, but None and \['N'\] came"),
+        ({"label": "grade"}, "'grade' came without a table"),
     ],
 )
 def test_folder__argument_out_of_range__is_refused(tmp_path, options, message):
@@ -157,3 +161,61 @@ def test_folder__several_processes__share_the_memory(written, monkeypatch):
     data.setup("fit")
 
     assert asked == [2]
+
+
+def test_folder__names_with_the_suffix_of_slides_on_disk__are_found(tmp_path):
+    ids = [f"s{index}" for index in range(12)]
+    for slide_id in ids:
+        write_uni2(tmp_path / "features", f"{slide_id}.svs")
+    table = tmp_path / "labels.csv"
+    table.write_text("slide_id,label\n" + "".join(f"{s}.svs,{s[1:] < '5'}\n" for s in ids))
+    splits = tmp_path / "splits_0.csv"
+    splits.write_text("train,val,test\ns0,s1.svs,s2\ns5,s6,s7\n")
+    data = FolderDataModule(tmp_path / "features", table, splits=splits)
+    with pytest.warns(UserWarning, match="leaves out 6"):
+        data.setup("fit")
+
+    assert _ids(data)["train"] == ["s0.svs", "s5.svs"]
+    assert _ids(data)["val"] == ["s1.svs", "s6.svs"]
+    assert data.val_bags[0].features.shape == (5, WIDTH)
+
+
+def test_folder__home_folder_in_a_path__is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = FolderDataModule("~/features", "~/labels.csv", splits="~/splits")
+
+    assert (data.root, data.labels, data.splits) == (
+        tmp_path / "features",
+        tmp_path / "labels.csv",
+        tmp_path / "splits",
+    )
+
+
+@pytest.fixture(params=["features", "test/features"])
+def bracs(request, tmp_path):
+    """Slides of BRACS in one folder, also below one named like a part, and their types."""
+    slides = [(f"BRACS_{index}", ("N", "ADH", "IC")[index % 3]) for index in range(9)]
+    for slide_id, _ in slides:
+        write_uni2(tmp_path / request.param, slide_id)
+    table = tmp_path / "labels.csv"
+    table.write_text("slide_id,label\n" + "".join(f"{name},{kind}\n" for name, kind in slides))
+    return tmp_path / request.param, table
+
+
+def test_folder__cohort_without_folders_of_parts__takes_a_split_file(bracs, tmp_path):
+    root, table = bracs
+    splits = tmp_path / "splits.csv"
+    parts = ["train"] * 3 + ["val"] * 3 + ["test"] * 3
+    rows = [f"BRACS_{index},{part}\n" for index, part in enumerate(parts)]
+    splits.write_text("slide_id,split\n" + "".join(rows))
+    data = FolderDataModule(root, table, cohort="bracs", splits=splits)
+    data.setup("fit")
+
+    assert _ids(data)["val"] == ["BRACS_3", "BRACS_4", "BRACS_5"]
+    assert data.val_bags.labels == [0, 1, 2]
+
+
+def test_folder__cohort_without_any_parts__draws_none(bracs):
+    root, table = bracs
+    with pytest.raises(ValueError, match=r"need their official parts, .* give data\.splits"):
+        FolderDataModule(root, table, cohort="bracs").setup("fit")

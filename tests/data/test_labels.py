@@ -155,7 +155,11 @@ def test_read_labels__classes_as_mapping__join_labels(tmp_path, classes, names):
         ("slide_id,label\na,x\na,y\n", None, "'a' 2 times with label x and y"),
         ("slide_id,label\na.svs,x\na.h5,x\n", None, "'a' 2 times"),
         ("slide_id,label\n,x\n", None, "must neither be empty"),
-        ("slide_id,label,split\na,x,holdout\n", None, "'training', .*but 'holdout' came"),
+        (
+            "slide_id,label,split\na,x,holdout\n",
+            None,
+            "'training', .*but 'holdout' came for slide 'a' in .*labels.csv",
+        ),
     ],
 )
 def test_read_labels__broken_table__is_refused(tmp_path, content, classes, match):
@@ -163,14 +167,14 @@ def test_read_labels__broken_table__is_refused(tmp_path, content, classes, match
         read_labels(_write(tmp_path, content), classes=classes)
 
 
-def test_read_labels__only_tcga_slides__take_patients_as_cases(tmp_path):
+def test_read_labels__tcga_slides__take_patients_as_cases_among_others_too(tmp_path):
     ids = ["TCGA-A1-A0SB-01Z-00-DX1.9f2c.svs", "TCGA-A1-A0SB-01Z-00-DX2.11aa.svs"]
     rows = "".join(f"{name},x\n" for name in ids)
     table = read_labels(_write(tmp_path, f"slide_id,label\n{rows}"))
     assert table.slide_ids == [name.removesuffix(".svs") for name in ids]
     assert table.cases == ["TCGA-A1-A0SB"] * 2
     mixed = read_labels(_write(tmp_path, f"slide_id,label\n{rows}other,x\n"))
-    assert mixed.cases == mixed.slide_ids
+    assert mixed.cases == ["TCGA-A1-A0SB", "TCGA-A1-A0SB", "other"]
 
 
 def test_table_of_rows__ids_of_a_store__are_not_cut():

@@ -48,6 +48,14 @@ def test_inspect_data__sound_store__counts_what_it_holds(tmp_path):
     assert sorted(store.reads) == sorted(slides)
 
 
+def test_inspect_data__names_with_the_suffix_of_slides_on_disk__match_the_table(tmp_path):
+    store = MemoryStore(tmp_path, {"a.svs": make_slide("a.svs"), "b": make_slide("b")})
+    overview = inspect_data(store, _table(("a", 0, "p"), ("b", 1, "q")), progress=False)
+    assert overview.ok
+    assert overview.unlisted == []
+    assert [entry.n_readable for entry in overview.classes] == [1, 1]
+
+
 def test_quantiles__many_slides__are_those_of_numpy(tmp_path):
     sizes = [1, 2, 3, 5, 8, 13, 21, 34, 55]
     slides = {f"s{n}": make_slide(f"s{n}", n) for n in sizes}
@@ -93,11 +101,12 @@ def test_ok__table__demands_all_of_its_slides(tmp_path, names, rows, ok):
     assert inspect_data(MemoryStore(tmp_path, slides), _table(*rows), progress=False).ok is ok
 
 
-def test_ok__widths_that_differ__is_false(tmp_path):
+def test_ok__widths_that_differ__is_false_and_slides_are_named(tmp_path):
     slides = {"a": make_slide("a"), "b": make_slide("b", width=5), "c": make_slide("c", width=5)}
     overview = inspect_data(MemoryStore(tmp_path, slides), progress=False)
     assert not overview.ok
     assert "width 5 (2 slides), 3 (1 slides)" in _printed(overview)
+    assert re.search(r"1 of another width:\n *a: 3\n", _printed(overview))
 
 
 def test_inspect_data__all_broken__says_so(tmp_path):
@@ -110,7 +119,7 @@ def test_inspect_data__all_broken__says_so(tmp_path):
 def test_inspect_data__packed_file__compares_checksums(tmp_path):
     path = tmp_path / "packed.h5"
     slides = {name: make_slide(name) for name in "ab"}
-    repack(MemoryStore(tmp_path, slides), path, progress=False)
+    repack(MemoryStore(tmp_path / "source", slides), path, progress=False)
     overview = inspect_data(PackedStore(path), progress=False)
     assert overview.ok
     assert overview.bytes_on_disk == path.stat().st_size

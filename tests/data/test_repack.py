@@ -194,6 +194,12 @@ def test_repack__destination_that_is_something_else__is_refused_and_kept(tmp_pat
     assert path.read_text() == "mine"
 
 
+def test_repack__destination_inside_the_source__is_refused(tmp_path):
+    for place in ("packed.h5", "deeper/packed.h5"):
+        with pytest.raises(ValueError, match=r"must lie outside of its source, .*packed\.h5 lies"):
+            repack(_source(tmp_path), tmp_path / "source" / place, progress=False)
+
+
 def test_repack__folder_missing__is_refused_before_reading(tmp_path):
     source = _source(tmp_path)
     with pytest.raises(ValueError, match=r"folder of the destination must exist, but .*none does"):

@@ -151,7 +151,11 @@ def test_read_split__case_in_two_parts__is_refused_by_name(tmp_path):
         ("split_0.json", ACMIL.replace("s1", "s0"), "'s0' in train and train"),
         ("splits_0.csv", ",train,val,test\ns0,True,False,False\n", "without _bool in its name"),
         ("splits_0.csv", ",train,val\n0,s0,s1\n", r"must have the columns train, val and test; "),
-        ("splits.csv", TORCHMIL.replace("val", "dev"), "but 'dev' came"),
+        (
+            "splits.csv",
+            TORCHMIL.replace("val", "dev"),
+            r"but 'dev' came for slide '\w+' in .*splits",
+        ),
         ("splits_0.csv", ",train,val,test\n0,,s0,s1\n", "needs slides for training"),
         ("splits_0.csv", ",train,val,test\n0,s0,s2,s4\n1,s1,,s5\n", "'val' has none of class t"),
         ("split_0.json", "{", "must be JSON in UTF-8, but .*split_0.json is not"),

@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from mil_anchor.data.bags import MicrometreCoords, PixelCoords
 from mil_anchor.localization.detections import AllTiles, Components, NonMaximumSuppression
-from mil_anchor.localization.froc import froc, lesions_from_tiles, match_detections
+from mil_anchor.localization.lesions import froc, lesions_from_tiles, match_detections
 from mil_anchor.localization.tiles import SlideScores, localize, localize_slide, rescale
 
 FIELDS = ("dice", "specificity", "auroc", "average_precision")

@@ -2,6 +2,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import h5py
 import pytest
@@ -208,6 +209,7 @@ def test_map_writer__killed_while_writing__begins_anew_with_a_warning(path):
     # The second map of an epoch takes the place of the first: there the process hangs, mid-write.
     script = f"""
 import time
+from dataclasses import replace
 from pathlib import Path
 import h5py, torch
 from mil_anchor.maps.file import MapWriter
@@ -233,6 +235,25 @@ writer.add_epoch("a", 0, torch.full((1, 6), 1 / 6).log())
     assert read_map(path, "a").epochs == [1]
     names = sorted(file.name for file in path.parent.iterdir())
     assert names == ["attention.h5", "attention.h5.broken"]
+
+
+def test_map_writer__ctrl_c_while_writing__keeps_what_was_written(path):
+    class Interrupting(PixelCoords):
+        @property
+        def unit(self):
+            raise KeyboardInterrupt
+
+    writer = MapWriter(path)
+    writer.add_bag(_bag("a"), "val")
+    writer.add_epoch("a", 0, _log_attention())
+    bag = _bag("b")
+    stopped = replace(bag, coords=Interrupting(torch.zeros(6, 2), 1.0))
+    with pytest.raises(KeyboardInterrupt):
+        writer.add_bag(stopped, "val")
+
+    assert [(kept.bag_id, kept.epochs) for kept in read_maps(path)] == [("a", [0])]
+    writer.add_bag(bag, "test")
+    assert [kept.part for kept in read_maps(path)] == ["val", "test"]
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.99])

@@ -1,5 +1,6 @@
 import json
 import uuid
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -105,6 +106,14 @@ def test_write_geojson__ids__repeat_for_the_same_map_and_for_no_other(tmp_path):
 
     assert ids(epoch=3) == ids(epoch=3)
     assert len(ids() | ids(epoch=3) | ids(row=0)) == 12
+
+
+def test_write_geojson__ids_of_two_runs__do_not_collide(tmp_path):
+    # QuPath holds the tiles of both on one image.
+    one = _slide_map()
+    other = replace(one, log_attention={None: one.log_attention[3]})
+    ids = {f["id"] for m in (one, other) for f in _features(m, tmp_path / "a.geojson")}
+    assert len(ids) == 8
 
 
 def test_write_geojson__micrometres__become_level_0_pixels(tmp_path):

@@ -81,7 +81,7 @@ def test_heatmap__several_runs_and_epochs__are_rows_and_columns(tmp_path, sheets
     ]
     assert file == drawn
     assert file.parent.resolve() == tmp_path
-    assert settings == {"scale": "log", "image": None}
+    assert settings == {"scale": "log", "image": None, "mpp": None}
 
 
 def test_heatmap__rows__have_a_line_of_panels_each(tmp_path, sheets):
@@ -192,3 +192,48 @@ def test_heatmaps__no_matplotlib__says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.colors", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'mil_anchor\[figures\]'"):
         __import__("mil_anchor.maps.heatmap")
+
+
+@pytest.mark.parametrize(
+    ("in_config", "given", "known"), [(None, None, None), (0.5, None, 0.5), (0.5, 0.25, 0.25)]
+)
+def test_heatmap__size_of_a_pixel__is_given_or_that_of_the_run(
+    tmp_path, sheets, in_config, given, known
+):
+    folder = _write_run(tmp_path / "run")
+    if in_config is not None:
+        config = (folder / "config.yaml").read_text()
+        config = config.replace("{fold: 0}", f"{{fold: 0, mpp: {in_config}}}")
+        (folder / "config.yaml").write_text(config)
+    heatmap([folder], "a/1", mpp=given)
+    assert sheets[0][2]["mpp"] == known
+
+
+def test_heatmap__micrometres_without_an_image__are_exported_with_the_given_size(tmp_path, sheets):
+    xy = torch.cartesian_prod(torch.arange(6), torch.arange(4)) * 64.0
+    folder = _write_run(tmp_path / "run", coords=MicrometreCoords(xy, 64.0))
+    with pytest.raises(ValueError, match=r"but mpp is None\. Give the slide's image, or mpp"):
+        heatmap([folder], "a/1", geojson=True)
+    _, exported = heatmap([folder], "a/1", geojson=True, mpp=0.5)
+    last = json.loads(exported.read_text())["features"][-1]
+    assert last["geometry"]["coordinates"][0][2] == pytest.approx([768, 512])
+
+
+def test_heatmap__image_without_resolution__is_placed_with_the_given_size(tmp_path):
+    xy = torch.cartesian_prod(torch.arange(6), torch.arange(4)) * 64.0
+    folder = _write_run(tmp_path / "run", coords=MicrometreCoords(xy, 64.0))
+    image = tmp_path / "slide.tif"
+    with tifffile.TiffWriter(image) as tiff:
+        pixels = np.full((512, 768, 3), 230, dtype=np.uint8)
+        tiff.write(pixels, tile=(128, 128), photometric="rgb")
+    with pytest.raises(ValueError, match=r"must say its micrometres per pixel, .* Give mpp"):
+        heatmap([folder], "a/1", image=image)
+    assert heatmap([folder], "a/1", image=image, mpp=0.5)[0].exists()
+    with pytest.raises(ValueError, match=r"must lie on its image, .* the image to \(76.8, 51.2\)"):
+        heatmap([folder], "a/1", image=image, mpp=0.1)
+
+
+@pytest.mark.parametrize("mpp", [0.0, -0.5, float("nan"), float("inf")])
+def test_heatmap__size_of_a_pixel_not_above_zero__is_refused(tmp_path, mpp):
+    with pytest.raises(ValueError, match="mpp must be a number above 0"):
+        heatmap([_write_run(tmp_path / "run")], "a/1", mpp=mpp)

@@ -117,7 +117,7 @@ def test_map_recorder__resumed_run__repeats_the_epochs_it_lost(tmp_path):
             assert torch.equal(one.attention(epoch), other.attention(epoch))
 
 
-def test_map_recorder__bags_without_coordinates__writes_nothing(tmp_path):
+def test_map_recorder__bags_of_which_nothing_is_known__writes_nothing(tmp_path):
     file = tmp_path / "attention.h5"
     bags = [Bag(bag.features, bag.label, bag.bag_id) for bag in _bags("val")]
     trainer, module = _fit(tmp_path, MapRecorder(path=file, epochs_of=["val0"]), bags=bags)
@@ -130,7 +130,10 @@ def test_map_recorder__bags_without_coordinates__writes_nothing(tmp_path):
 def test_map_recorder__block_that_is_not_the_attention__warns_and_trains_on(tmp_path):
     file = tmp_path / "attention.h5"
     with pytest.warns(UserWarning, match="is not recorded: .* bag 'val0' has 3"):
-        _fit(tmp_path, MapRecorder("model.head", path=file, epochs_of=["val0"]))
+        trainer, module = _fit(tmp_path, MapRecorder("model.head", path=file, epochs_of=["val0"]))
+    # Once is enough.
+    trainer.validate(module, _loader(_bags("val")))
+    trainer.test(module, _loader(_bags("test")))
 
     assert not any(bag.epochs or bag.has_best for bag in read_maps(file))
 
@@ -146,3 +149,29 @@ def test_map_recorder__site_that_no_fit_has_shown__is_used_when_it_is_set(tmp_pa
     trainer.test(module, _loader(_bags("test")))
 
     assert len(read_maps(file)) == 4
+
+
+def test_map_recorder__annotated_bags_without_coordinates__are_kept_to_be_measured(tmp_path):
+    file = tmp_path / "attention.h5"
+    bags = [
+        Bag(bag.features, bag.label, bag.bag_id, instance_label=bag.instance_label)
+        for bag in _bags("test")
+    ]
+    trainer, module = _fit(tmp_path, MapRecorder(path=file))
+    trainer.test(module, _loader(bags))
+
+    assert [bag.bag_id for bag in read_maps(file)] == [bag.bag_id for bag in bags]
+    assert torch.equal(read_map(file, "test1").instance_label, bags[1].instance_label)
+
+
+def test_map_recorder__new_fit__forgets_the_maps_of_the_one_before(tmp_path):
+    file = tmp_path / "attention.h5"
+    recorder = MapRecorder(path=file, epochs_of=["val0"])
+    trainer, module = _fit(tmp_path, recorder)
+    trainer.validate(module, _loader(_bags("val")))
+    assert read_map(file, "val0").has_best
+
+    _fit(tmp_path, recorder, max_epochs=1)
+
+    assert read_map(file, "val0").epochs == [0]
+    assert not any(bag.has_best for bag in read_maps(file))

@@ -73,6 +73,11 @@ def test_draw_sheet__one_map__shows_the_value_of_every_tile(draw):
     assert axis.get_title() == f"abmil, epoch 1\nlargest {largest:.0f} times uniform"
 
 
+def test_draw_sheet__names_that_would_be_no_formula__are_drawn_as_they_are(draw):
+    figure = draw([[Panel(r"lr=$\frac$", _slide_map(bag_id=r"$\frac$"))]])
+    assert figure.get_suptitle().startswith(r"$\frac$")
+
+
 def test_draw_sheet__png__has_the_colours_of_the_tiles(tmp_path):
     slide_map = _slide_map()
     draw_sheet([[Panel("abmil", slide_map)]], tmp_path / "sheet.png")
@@ -172,21 +177,23 @@ def test_draw_sheet__image__lies_under_the_tiles(draw, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "pitch", "name"),
+    ("kind", "pitch", "mpp", "name"),
     [
-        (PixelCoords, 256.0, "1,000 px"),
-        (MicrometreCoords, 128.0, "500 µm"),
-        (MicrometreCoords, 600.0, "2 mm"),
+        (PixelCoords, 256.0, None, "1,000 px"),
+        (PixelCoords, 256.0, 0.5, "500 µm"),
+        (MicrometreCoords, 128.0, 0.5, "500 µm"),
+        (MicrometreCoords, 600.0, None, "2 mm"),
     ],
 )
-def test_draw_sheet__scale_bar__has_the_length_that_it_says(draw, kind, pitch, name):
-    figure = draw([[Panel("abmil", _slide_map(kind=kind, pitch=pitch))]])
+def test_draw_sheet__scale_bar__has_the_length_that_it_says(draw, kind, pitch, mpp, name):
+    figure = draw([[Panel("abmil", _slide_map(kind=kind, pitch=pitch))]], mpp=mpp)
     (axis,) = _panels(figure)
     (bar,) = axis.lines
     length = np.ptp(bar.get_xdata())
     assert [text.get_text() for text in axis.texts] == [name]
     amount, unit = name.replace(",", "").split()
-    assert length == pytest.approx(float(amount) * (1000 if unit == "mm" else 1))
+    pixel = mpp if kind is PixelCoords and mpp is not None else 1
+    assert length * pixel == pytest.approx(float(amount) * (1000 if unit == "mm" else 1))
     assert 12 * pitch / 8 < length <= 12 * pitch / 3
 
 

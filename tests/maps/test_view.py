@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,7 @@ def _image(side=100, **settings):
         ({"instance_label": [0, 1, 2, -1]}, [0, 1, 2, -1], 7),
         ({"lesion": [0, 1, 2, 2]}, [0, 1, 1, 1], 9),
         ({"instance_label": [0, 1, 1, 1], "lesion": [0, 1, 2, 0]}, [0, 1, 1, 1], 10),
+        ({"instance_label": [0, 1, 2, 2], "lesion": [0, 1, 1, 2]}, [0, 1, 2, 2], 10),
         ({"instance_label": [-1, -1, -1, -1], "lesion": [0, 1, 1, 0]}, [-1, -1, -1, -1], 6),
     ],
 )
@@ -58,3 +61,6 @@ def test_view_slide__two_slides__are_refused():
 def test_view_slide__other_tiles__are_refused():
     with pytest.raises(ValueError, match=r"4 tiles every 100 px and with 5 tiles every 100 px"):
         view_slide([_slide_map(), _slide_map(5)], None)
+    wider = replace(_slide_map(), coords=PixelCoords(_slide_map().coords.xy, 200.0))
+    with pytest.raises(ValueError, match=r"4 tiles every 100 px and with 4 tiles every 200 px"):
+        view_slide([_slide_map(), wider], None)

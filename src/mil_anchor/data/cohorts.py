@@ -153,10 +153,11 @@ def bracs(
         n_classes: 3 or 7.
 
     Returns:
-        The table.
+        The table, without parts if neither the table nor any folder tells one: a split file has to.
 
     Raises:
-        ValueError: If a label or a part can be told from neither the table nor the folders.
+        ValueError: If a label can be told from neither the table nor the folders, or the folders
+            tell the part of some slides only.
 
     Source:
         Brancati et al., Database 2022 (395, 65 and 87 slides); three classes as in ASMIL (arXiv
@@ -171,7 +172,7 @@ def bracs(
         found = _rows_of_slides(slide_files, read_rows(labels), source=labels)
         names = {name: name for name in class_of.values()}
         table = table_of_rows(found, labels, classes=class_of | names)
-    if not any(table.parts):
+    if not any(table.parts) and _named_folders(slide_files, _PART_FOLDER):
         parts = _folder_names(slide_files, _PART_FOLDER, what="a part: train, val or test")
         table = replace(table, parts=[part_name(parts[name]) for name in table.slide_ids])
     return table
@@ -238,6 +239,19 @@ def _rows_of_slides(
 def _folder_names(
     slide_files: Mapping[str, Path | None], pattern: re.Pattern[str], *, what: str
 ) -> dict[str, str]:
+    found = _named_folders(slide_files, pattern)
+    missing = [str(slide_files[name] or name) for name in slide_files if name not in found]
+    if missing:
+        raise ValueError(
+            f"Every slide must lie in a folder named after {what}, but {len(missing)} do not: "
+            f"{missing[:10]}. Keep the official folders, or give a table as data.labels."
+        )
+    return found
+
+
+def _named_folders(
+    slide_files: Mapping[str, Path | None], pattern: re.Pattern[str]
+) -> dict[str, str]:
     found: dict[str, str] = {}
     for slide_id, path in slide_files.items():
         folders = reversed(path.parent.parts) if path is not None else ()
@@ -245,10 +259,4 @@ def _folder_names(
         nearest = next((match for match in matches if match is not None), None)
         if nearest is not None:
             found[slide_id] = nearest["name"]
-    missing = [str(slide_files[name] or name) for name in slide_files if name not in found]
-    if missing:
-        raise ValueError(
-            f"Every slide must lie in a folder named after {what}, but {len(missing)} do not: "
-            f"{missing[:10]}. Keep the official folders, or give a table as data.labels."
-        )
     return found

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from typing_extensions import override
@@ -13,7 +14,7 @@ from mil_anchor.data.memory import MemoryBudget
 from mil_anchor.data.slides import SlideBags
 from mil_anchor.data.split_files import read_split
 from mil_anchor.data.splits import Split, split_by_parts, stratified_fold
-from mil_anchor.data.stores import Store, check_slides, open_store
+from mil_anchor.data.stores import Store, check_slides, names_on_disk, open_store
 from mil_anchor.data.synthetic import MPP, SyntheticCohort, SyntheticStore
 
 
@@ -120,7 +121,7 @@ class FolderDataModule(SlideDataModule):
         seed: Seed of the split, and of its deal over processes.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or says something that nothing here asks for.
     """
 
     def __init__(
@@ -158,9 +159,21 @@ class FolderDataModule(SlideDataModule):
                 f"The cohort must be one of {sorted(COHORTS)} or null, but {cohort!r} came. "
                 "Use data=folder with a table of labels for any other."
             )
-        self.root = Path(root)
-        self.labels = None if labels is None else Path(labels)
-        self.splits = None if splits is None else Path(splits)
+        if cohort is not None and (label is not None or classes is not None):
+            raise ValueError(
+                f"The rule of cohort {cohort!r} tells the classes, so label and classes must be "
+                f"null, but {label!r} and {classes!r} came. Remove them, or use data=folder with a "
+                "table of labels."
+            )
+        if label is not None and labels is None:
+            raise ValueError(
+                f"label names a column of the table of labels, but {label!r} came without a table. "
+                "Give the table as data.labels, or remove data.label."
+            )
+        # No shell expands the ~ of data.root=~/features.
+        self.root = Path(root).expanduser()
+        self.labels = None if labels is None else Path(labels).expanduser()
+        self.splits = None if splits is None else Path(splits).expanduser()
         self.cohort = cohort
         self.label = label
         self.classes_given = classes
@@ -172,13 +185,13 @@ class FolderDataModule(SlideDataModule):
     def open(self) -> tuple[Store, LabelTable, Split]:
         store = open_store(self.root)
         table = self._table(store)
-        check_slides(store, table.slide_ids)
-        return store, table, self._split(table)
+        stored = replace(table, slide_ids=names_on_disk(store, table.slide_ids))
+        check_slides(store, stored.slide_ids)
+        return store, stored, self._split(table)
 
     def _table(self, store: Store) -> LabelTable:
         if self.cohort is not None:
-            files = {slide_id: store.file(slide_id) for slide_id in store.slide_ids}
-            return COHORTS[self.cohort](files, self.labels)
+            return COHORTS[self.cohort](_files_below(store), self.labels)
         if self.labels is not None:
             return read_labels(self.labels, label=self.label, classes=self.classes_given)
         rows = [
@@ -206,6 +219,12 @@ class FolderDataModule(SlideDataModule):
                     "slides where none are named."
                 )
             return split_by_parts(table, val_fraction=val_fraction, seed=seed)
+        if self.cohort is not None:
+            raise ValueError(
+                f"Slides of cohort {self.cohort!r} need their official parts, for names tell no "
+                f"patients, but neither folders below {self.root} nor a column split tell any. "
+                "Add the column to the table of labels, or give data.splits."
+            )
         return stratified_fold(
             table.labels,
             n_folds=self.n_folds,
@@ -215,6 +234,14 @@ class FolderDataModule(SlideDataModule):
             cases=table.cases,
             classes=table.classes,
         )
+
+
+def _files_below(store: Store) -> dict[str, Path | None]:
+    """The file of every slide below the store, whose own folders say nothing of its slides."""
+    return {
+        slide_id: None if store.path.is_file() else store.file(slide_id).relative_to(store.path)
+        for slide_id in store.slide_ids
+    }
 
 
 class SyntheticDataModule(SlideDataModule):

@@ -105,8 +105,8 @@ def read_labels(
 
     Columns are ``slide_id``, a label and, where known, ``case_id`` and ``split``; others are passed
     over. Ids are text (``001`` stays ``001``), and the suffix of a slide or feature file is cut
-    from them (``a.svs`` is ``a``). A slide without a case is its own case, but if all slides have
-    names of The Cancer Genome Atlas (TCGA), their cases are their patients.
+    from them (``a.svs`` is ``a``). A slide without a case is its own case; one with a name of
+    The Cancer Genome Atlas (TCGA) has its patient as case.
 
     Args:
         path: A file with commas, or with tabs if it ends in ``.tsv``.
@@ -184,15 +184,16 @@ def table_of_rows(
             f"Every label must be one of {list(index_of)}, but column {label!r} of {source} also "
             f"holds {listed}. Add them to the classes, or drop the rows."
         )
-    patients = [tcga_patient(name) for name in slide_ids]
-    own = [patient or name for patient, name in zip(patients, slide_ids, strict=True)]
-    fallback = own if all(patients) else slide_ids
+    fallback = [tcga_patient(name) or name for name in slide_ids]
     return LabelTable(
         slide_ids=slide_ids,
         labels=[index_of[text] for text in texts],
         classes=names,
         cases=[row.get("case_id") or case for row, case in zip(rows, fallback, strict=True)],
-        parts=[part_name(row.get("split", "")) for row in rows],
+        parts=[
+            part_name(row.get("split", ""), where=f" for slide {name!r} in {source}")
+            for row, name in zip(rows, slide_ids, strict=True)
+        ],
     )
 
 
@@ -212,11 +213,12 @@ def slide_name(text: str) -> str:
     return _SLIDE_SUFFIX.sub("", text)
 
 
-def part_name(text: str) -> str | None:
+def part_name(text: str, *, where: str = "") -> str | None:
     """The part of a split that a word means.
 
     Args:
         text: A word such as ``training``, ``valid`` or ``Test``; empty for no part.
+        where: Where it stands, for errors.
 
     Returns:
         One of ``PARTS``, or None.
@@ -229,7 +231,7 @@ def part_name(text: str) -> str | None:
     if text.lower() not in _PART_OF_NAME:
         raise ValueError(
             f"The part of a slide must be one of {list(_PART_OF_NAME)} or empty, but {text!r} "
-            "came. Rename it."
+            f"came{where}. Rename it."
         )
     return _PART_OF_NAME[text.lower()]
 

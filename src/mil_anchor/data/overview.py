@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mil_anchor.data.labels import LabelTable
 from mil_anchor.data.stores.base import Store, StoredBag
+from mil_anchor.data.stores.checks import names_on_disk
 from mil_anchor.data.stores.packed import PackedStore, entries_of
 from mil_anchor.data.stores.progress import with_bar
 
@@ -56,7 +57,7 @@ class StoreOverview:
         checksums: Whether the slides were compared with checksums.
         bytes_in_memory: Size of all readable features as float32.
         n_instances: Tiles of every readable slide.
-        widths: Number of slides of every feature width.
+        width: Feature width of every readable slide.
         dtypes: Number of slides of every dtype.
         grids: Number of slides of every coords unit and pitch; None for slides without coords.
         entries: Number of slides that have instance labels, lesions, coverage.
@@ -73,7 +74,7 @@ class StoreOverview:
     checksums: bool
     bytes_in_memory: int = 0
     n_instances: dict[str, int] = field(default_factory=dict)
-    widths: Counter[int] = field(default_factory=Counter)
+    width: dict[str, int] = field(default_factory=dict)
     dtypes: Counter[str] = field(default_factory=Counter)
     grids: Counter[tuple[str, float] | None] = field(default_factory=Counter)
     entries: Counter[str] = field(default_factory=Counter)
@@ -81,6 +82,17 @@ class StoreOverview:
     classes: list[ClassCount] | None = None
     missing: list[str] = field(default_factory=list)
     unlisted: list[str] = field(default_factory=list)
+
+    @property
+    def widths(self) -> Counter[int]:
+        """Number of slides of every feature width."""
+        return Counter(self.width.values())
+
+    @property
+    def of_other_width(self) -> list[str]:
+        """Slides that do not have the most frequent width."""
+        usual = max(self.widths, key=lambda width: self.widths[width], default=None)
+        return [slide_id for slide_id, width in self.width.items() if width != usual]
 
     @property
     def ok(self) -> bool:
@@ -100,9 +112,11 @@ class StoreOverview:
         if self.classes is not None:
             parts.append(_class_table(self.classes))
         broken = [f"{slide_id}: {reason}" for slide_id, reason in self.broken.items()]
+        of_other_width = [f"{slide_id}: {self.width[slide_id]}" for slide_id in self.of_other_width]
         for title, lines in (
             ("missing on disk", self.missing),
             ("in no row of the table", self.unlisted),
+            ("of another width", of_other_width),
             ("broken", broken),
         ):
             if lines:
@@ -144,6 +158,7 @@ def inspect_data(
         else:
             _count(overview, stored)
     if table is not None:
+        table = replace(table, slide_ids=names_on_disk(store, table.slide_ids))
         on_disk, listed = set(store.slide_ids), set(table.slide_ids)
         overview.missing = sorted(listed - on_disk)
         overview.unlisted = sorted(on_disk - listed)
@@ -155,7 +170,7 @@ def _count(overview: StoreOverview, stored: StoredBag) -> None:
     n_instances, width = stored.features.shape
     overview.n_instances[stored.slide_id] = n_instances
     overview.bytes_in_memory += 4 * n_instances * width
-    overview.widths[width] += 1
+    overview.width[stored.slide_id] = width
     overview.dtypes[str(stored.features.dtype).removeprefix("torch.")] += 1
     coords = stored.coords
     overview.grids[None if coords is None else (coords.unit, float(coords.pitch))] += 1

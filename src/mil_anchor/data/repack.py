@@ -76,7 +76,7 @@ def repack(
 
     Args:
         source: The slides. All must have one feature width.
-        destination: The file; its folder must exist.
+        destination: The file, outside of the source; its folder must exist.
         dtype: dtype of the features, "float16" or "float32".
         slide_ids: Slides to write; None for all.
         skip_broken: Finish the file without the slides that cannot be read.
@@ -91,7 +91,7 @@ def repack(
             else.
         RuntimeError: If the disk is full or writing fails; slides that were finished stay so.
     """
-    _check_folder(destination)
+    _check_folder(destination, source.path)
     plan = plan_repack(source, slide_ids, dtype=dtype, progress=progress)
     if not destination.exists():
         _lay_out(plan, destination, finished=None)
@@ -257,7 +257,12 @@ def _settle_broken(plan: RepackPlan, index: PackedIndex, *, skip_broken: bool) -
     )
 
 
-def _check_folder(destination: Path) -> None:
+def _check_folder(destination: Path, source: Path) -> None:
+    if source.resolve() in destination.resolve().parents:
+        raise ValueError(
+            f"The destination must lie outside of its source, where it would be taken for a slide, "
+            f"but {destination} lies in {source}. Give another place."
+        )
     if not destination.parent.is_dir():
         raise ValueError(
             f"The folder of the destination must exist, but {destination.parent} does not. "

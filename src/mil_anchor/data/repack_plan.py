@@ -149,7 +149,7 @@ def plan_repack(
         found = ", ".join(f"{width} in {some(ids)}" for width, ids in sorted(of_width.items()))
         raise ValueError(
             f"All slides of a packed file must have one feature width, but there are {found}. "
-            "Use features of one encoder only, or name the slides to repack."
+            "Use features of one encoder only, and move the others out of the folder."
         )
     return plan
 

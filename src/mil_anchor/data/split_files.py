@@ -149,11 +149,11 @@ def _named_in_table(path: Path, *, fold: int) -> _Named:
                 f"A split file must hold the fold that is asked for, but {path} has {folds} and "
                 f"fold {fold} came. Choose one of them."
             )
-        return _pairs(rows, "slide_id", f"fold_{fold}")
+        return _pairs(rows, "slide_id", f"fold_{fold}", path=path)
     _check_fold(path, fold=fold)
     for name in ("slide_id", "bag_name"):
         if {name, "split"} <= columns:
-            return _pairs(rows, name, "split")
+            return _pairs(rows, name, "split", path=path)
     if not set(PARTS) <= columns:
         raise ValueError(
             "A split table must have the columns train, val and test; slide_id and fold_0, ...; "
@@ -179,8 +179,11 @@ def _check_fold(path: Path, *, fold: int) -> None:
         )
 
 
-def _pairs(rows: Sequence[Mapping[str, str]], name: str, part: str) -> _Named:
-    return [(row[name], part_name(row[part])) for row in rows]
+def _pairs(rows: Sequence[Mapping[str, str]], name: str, part: str, *, path: Path) -> _Named:
+    return [
+        (row[name], part_name(row[part], where=f" for slide {row[name]!r} in {path}"))
+        for row in rows
+    ]
 
 
 def _part_of_slides(named: _Named, table: LabelTable, *, path: Path) -> dict[str, str | None]:

@@ -12,7 +12,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_average_
 
 from mil_anchor.data.bags import MicrometreCoords, TileCoords
 from mil_anchor.localization.detections import Detector, NonMaximumSuppression
-from mil_anchor.localization.froc import (
+from mil_anchor.localization.lesions import (
     FrocResult,
     SlideHits,
     froc,

@@ -74,7 +74,8 @@ class MapWriter:
                 group = None
             if group is None:
                 number = 1 + max(map(int, bags), default=-1)
-                _write_bag(bags.create_group(str(number)), bag, part)
+                # Linked when it is whole: Ctrl-C leaves no half of a bag.
+                bags[str(number)] = _write_bag(bags, bag, part)
 
     def add_epoch(
         self, bag_id: str, epoch: int, log_attention: Float[Tensor, "row instance"]
@@ -155,10 +156,11 @@ class MapWriter:
             self._set_aside(str(error))
             file = h5py.File(partial, "a", locking=False)
         with file:
-            refusal = None
+            refusal: BaseException | None = None
             try:
                 yield file
-            except ValueError as error:  # raised above, before anything is written
+            # Raised above before anything is written, or Ctrl-C, after which the file is closed.
+            except (ValueError, KeyboardInterrupt) as error:
                 refusal = error
         # Not reached after any other error: what is half-written keeps its partial name.
         partial.rename(self.path)
@@ -275,7 +277,9 @@ def _find(bags: h5py.Group, bag_id: str) -> h5py.Group | None:
     return next((group for group in bags.values() if _bag_id(group) == bag_id), None)
 
 
-def _write_bag(group: h5py.Group, bag: Bag, part: str) -> None:
+def _write_bag(bags: h5py.Group, bag: Bag, part: str) -> h5py.Group:
+    """A group without a name, for the caller to link."""
+    group = bags.create_group(None)
     group.attrs["bag_id"] = json.dumps(bag.bag_id)
     group.attrs["part"] = part
     group.attrs["label"] = bag.label
@@ -289,6 +293,7 @@ def _write_bag(group: h5py.Group, bag: Bag, part: str) -> None:
         entry = getattr(bag, name)
         if entry is not None:
             group[name] = entry.cpu().numpy()
+    return group
 
 
 def _check_distribution(bag_id: str, log_attention: Float[Tensor, "row instance"]) -> None:

@@ -65,8 +65,8 @@ def write_geojson(
             measurements["lesion"] = int(slide_map.lesion[index])
         right, below = x + pitch, y + pitch
         ring = [[x, y], [right, y], [right, below], [x, below], [x, y]]
-        # The same export has the same ids, and another epoch's tiles do not collide with them.
-        name = json.dumps([slide_map.bag_id, epoch, row, index])
+        # The same export has the same ids; tiles of another epoch or run do not collide with them.
+        name = json.dumps([slide_map.bag_id, epoch, row, index, attention[index]])
         features.append(
             {
                 "type": "Feature",

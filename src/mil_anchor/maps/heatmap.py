@@ -1,16 +1,18 @@
 """Heat maps of runs: which attention to draw, under which names, and where to."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
 from mil_anchor.maps.file import MAPS_FILE, read_map
 from mil_anchor.maps.geojson import write_geojson
-from mil_anchor.maps.thumbnail import open_thumbnail
+from mil_anchor.maps.thumbnail import Thumbnail, open_thumbnail
 from mil_anchor.results import METRICS_FILE, read_metrics
 
 try:
@@ -32,6 +34,7 @@ def heatmap(
     image: Path | None = None,
     scale: str = "percentile",
     geojson: bool = False,
+    mpp: float | int | None = None,
     out: Path | None = None,
 ) -> list[Path]:
     """Draw the attention of one or several runs on a slide as one sheet.
@@ -45,6 +48,7 @@ def heatmap(
         image: The slide itself, to draw the attention over its thumbnail.
         scale: Colours, see `draw_sheet`.
         geojson: Whether to write each panel for QuPath, too, into ``heatmaps`` of its run.
+        mpp: Micrometres per level-0 pixel; None: what the image says, else ``data.mpp`` of a run.
         out: The sheet; its suffix chooses the format. None: ``heatmaps/<slide>.png`` in the folder
             of a single run; of several runs, ``heatmap_<slide>.png`` where the command is run.
 
@@ -52,16 +56,17 @@ def heatmap(
         The files that were written, the sheet first.
 
     Raises:
-        ValueError: A run keeps no map of the slide, epoch or row, the slide has no coordinates, or
-            the image is not that of the slide.
+        ValueError: A run keeps no map of the slide, epoch or row, the slide has no coordinates, the
+            image is not that of the slide, or ``mpp`` is needed and not known.
         ModuleNotFoundError: An image came, and OpenSlide is not installed.
     """
     if not run_folders:
         raise ValueError("A heat map needs at least one run, but none came. Name a run folder.")
+    configs = [_read_config(folder) for folder in run_folders]
     stem = _file_stem(slide)
     panels: list[list[Panel]] = []
     exports: list[tuple[Path, Panel]] = []
-    for folder, name in zip(run_folders, _run_names(run_folders), strict=True):
+    for folder, name in zip(run_folders, _run_names(run_folders, configs), strict=True):
         of_run = list(_panels_of_run(folder, slide, name=name, epochs=epochs, rows=rows))
         panels += of_run
         for panel in (panel for row in of_run for panel in row):
@@ -69,13 +74,15 @@ def heatmap(
             of_row = "" if panel.row is None else f"_row{panel.row}"
             exports.append((folder / "heatmaps" / f"{stem}_{which}{of_row}.geojson", panel))
     thumbnail = None if image is None else open_thumbnail(image, _THUMBNAIL_SIDE)
+    mpp = _known_mpp(mpp, thumbnail, configs)
+    if thumbnail is not None:
+        thumbnail = replace(thumbnail, mpp=mpp)
     if out is None:
         single = len(run_folders) == 1
         out = run_folders[0] / "heatmaps" / f"{stem}.png" if single else Path(f"heatmap_{stem}.png")
-    draw_sheet(panels, out, scale=scale, image=thumbnail)
+    draw_sheet(panels, out, scale=scale, image=thumbnail, mpp=mpp)
     if not geojson:
         return [out]
-    mpp = None if thumbnail is None else thumbnail.mpp
     for file, panel in exports:
         write_geojson(panel.slide_map, file, epoch=panel.epoch, row=panel.row, mpp=mpp)
     return [out, *(file for file, _ in exports)]
@@ -116,17 +123,31 @@ def _panels_of_run(
         yield panels
 
 
-def _run_names(folders: Sequence[Path]) -> list[str]:
+def _known_mpp(
+    mpp: float | int | None, thumbnail: Thumbnail | None, configs: Sequence[Any]
+) -> float | int | None:
+    """Micrometres per level-0 pixel as given, else of the image, else of the first run with one."""
+    if mpp is not None and not 0 < mpp < math.inf:
+        raise ValueError(f"mpp must be a number above 0, but {mpp} came. Give none to look it up.")
+    of_image = None if thumbnail is None else thumbnail.mpp
+    said = (mpp, of_image, *(config.data.get("mpp") for config in configs))
+    return next((own for own in said if own is not None), None)
+
+
+def _read_config(folder: Path) -> Any:
+    if not (folder / "config.yaml").exists():
+        raise ValueError(
+            f"A run folder must hold the config.yaml of its run, but {folder} does not. Name a "
+            "folder that 'python run.py' has written."
+        )
+    return OmegaConf.load(folder / "config.yaml")
+
+
+def _run_names(folders: Sequence[Path], configs: Sequence[Any]) -> list[str]:
     """Model and plug-in of every run, and what else tells the runs apart."""
     names: list[str] = []
     details: list[dict[str, str]] = []
-    for folder in folders:
-        if not (folder / "config.yaml").exists():
-            raise ValueError(
-                f"A run folder must hold the config.yaml of its run, but {folder} does not. Name a "
-                "folder that 'python run.py' has written."
-            )
-        config = OmegaConf.load(folder / "config.yaml")
+    for config in configs:
         plugin = config.names.plugin
         names.append(config.names.model if plugin == "none" else f"{config.names.model} + {plugin}")
         details.append(

@@ -17,9 +17,15 @@ from mil_anchor.maps.file import MapWriter
 from mil_anchor.sites.base import Site
 from mil_anchor.sites.registry import as_site
 
+# Entries of a batch that make something of its attention beside the numbers themselves.
+_KNOWN = {"coords", "instance_label", "lesion"}
+
 
 class MapRecorder(EvaluationCallback):
-    """Writes the attention of bags with coordinates into ``attention.h5``, for maps of it.
+    """Writes the attention of bags of tiles into ``attention.h5``, for maps of it.
+
+    Kept are bags whose instances have a place, which can be drawn, or an annotation, by which they
+    can be measured.
 
     While a fit runs: of chosen validation bags, for every epoch. In ``trainer.validate`` and
     ``trainer.test`` outside a fit: of all bags, as that of the chosen checkpoint. Attention that is
@@ -34,7 +40,8 @@ class MapRecorder(EvaluationCallback):
     Attributes:
         epochs_of: The same; to be set before a fit.
         found: The attention that the last fit used; to be set where none has run.
-        gave_up: Whether the attention could not be found or read.
+        gave_up: Whether the attention could not be found or read; then nothing more is written
+            until the next fit.
     """
 
     def __init__(
@@ -44,17 +51,19 @@ class MapRecorder(EvaluationCallback):
         self.found: Site | None = None
         self.gave_up = False
         self.epochs_of = list(epochs_of)
+        self.path = path
         self._writer = MapWriter(path)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.gave_up = False
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero:
             self._writer.drop_epochs_from(trainer.current_epoch)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn == TrainerFn.FITTING or self.gave_up:
             return
         site = as_site(self.site) if self.site is not None else self.found
         if site is not None:
@@ -73,7 +82,7 @@ class MapRecorder(EvaluationCallback):
     def receive(
         self, trainer: Trainer, batch: Any, of_bags: dict[str, Float[Tensor, "row instance"]]
     ) -> None:
-        if "coords" not in batch or not trainer.is_global_zero:
+        if _KNOWN.isdisjoint(batch) or not trainer.is_global_zero:
             return
         in_fit = trainer.state.fn == TrainerFn.FITTING
         part = "test" if trainer.state.fn == TrainerFn.TESTING else "val"

@@ -65,6 +65,7 @@ def draw_sheet(
     *,
     scale: str = "percentile",
     image: Thumbnail | None = None,
+    mpp: float | int | None = None,
 ) -> None:
     """Draw heat maps of one slide side by side, in one scale of colours.
 
@@ -80,6 +81,7 @@ def draw_sheet(
         file: The image to write; its suffix chooses the format.
         scale: "percentile", "linear" or "log".
         image: The slide; the maps lie half transparent over it.
+        mpp: Micrometres per level-0 pixel, for the scale bar; None: what the image says.
 
     Raises:
         ValueError: No panels, or of several slides or different tiles, an unknown scale, a slide
@@ -118,7 +120,7 @@ def draw_sheet(
             _draw_attention(axis, slide, colors.values[index], norm=colors.norm, cell=cell)
         # Names of slides and runs may hold what matplotlib would read as formulas.
         axis.set_title(title, fontsize=_TITLE_POINTS, parse_math=False)
-    _draw_bar(axes[0, 0], slide, height)
+    _draw_bar(axes[0, 0], slide, height, mpp=image.mpp if mpp is None and image else mpp)
     _add_color_bar(figure, list(axes.flat), colors)
     _add_legend(figure, slide)
     of = slide.slide_map
@@ -233,14 +235,10 @@ def _classes_shown(slide: SlideView) -> Iterator[tuple[int, str, str]]:
         yield label, color, f"{name} ({count:,} tiles)"
 
 
-def _draw_bar(axis: Axes, slide: SlideView, height: float) -> None:
+def _draw_bar(axis: Axes, slide: SlideView, height: float, *, mpp: float | None) -> None:
     """A length of 1, 2 or 5 times a power of ten, at most a third of the panel."""
     left, right, bottom, _ = slide.grid.extent
-    unit_um: float | None = None
-    if isinstance(slide.slide_map.coords, MicrometreCoords):
-        unit_um = 1.0
-    elif slide.image is not None:
-        unit_um = slide.image.mpp
+    unit_um = 1.0 if isinstance(slide.slide_map.coords, MicrometreCoords) else mpp
     longest = (right - left) / 3 * (unit_um or 1.0)
     power = 10.0 ** np.floor(np.log10(longest))
     length = power * max(step for step in (1, 2, 5) if step * power <= longest)

@@ -24,7 +24,7 @@ class SlideView:
         image: The slide.
         image_unit: Length of a level-0 pixel in the unit of the coordinates.
         classes: Known class of every tile: 0 for none, -1 where it is not known.
-        edges: Outlines of the classes above 0 and of the lesions.
+        edges: Outlines of the classes above 0, within a lesion too, and of the lesions.
     """
 
     slide_map: SlideMap
@@ -70,15 +70,15 @@ def view_slide(maps: Sequence[SlideMap], image: Thumbnail | None) -> SlideView:
     if classes is not None:
         group = classes.clamp(min=0)
         if lesion is not None:
-            # Lesions that touch keep an outline each.
-            group = (lesion + group.max()).where(lesion > 0, group)
+            # Lesions that touch keep an outline each, and so do the classes of one lesion.
+            group = group + (group.max() + 1) * lesion
         edges = grid.borders(group)
     unit = 1.0
     if image is not None and isinstance(coords, MicrometreCoords):
         if image.mpp is None:
             raise ValueError(
                 f"The tiles of slide {slide_map.bag_id!r} are placed in micrometres, so the image "
-                "must say its micrometres per pixel, but it does not. Draw without it."
+                "must say its micrometres per pixel, but it does not. Give mpp, or draw without it."
             )
         unit = image.mpp
     slide = SlideView(slide_map, grid, image, unit, classes, edges)

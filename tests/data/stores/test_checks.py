@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from mil_anchor.data.stores import check_slides, check_widths, open_store
+from mil_anchor.data.stores import check_slides, check_widths, names_on_disk, open_store
 from tests.data.stores import layouts
 
 
@@ -33,6 +33,11 @@ def test_check_slides__unused_slides__are_a_warning(tmp_path):
     store = _store(tmp_path, "a", "b", "c")
     with pytest.warns(UserWarning, match="2 of 3 slides in .* and are not used: 'b', 'c'"):
         check_slides(store, ["a"])
+
+
+def test_names_on_disk__suffix_of_a_slide_file__is_added_where_that_is_clear(tmp_path):
+    store = _store(tmp_path, "a.svs", "b.tif", "b.svs", "c", "c.svs")
+    assert names_on_disk(store, ["c", "a", "b", "d", "a.svs"]) == ["c", "a.svs", "b", "d", "a.svs"]
 
 
 def test_check_widths__one_width__is_it(tmp_path):

@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
+from mil_anchor.data.repack import repack
 from mil_anchor.data.stores import open_store
 from mil_anchor.data.stores.hdf5 import ProcessFile, contents
 from tests.data.stores import layouts
@@ -29,6 +30,16 @@ def test_hdf5_store__features_of_a_slide_among_bags__are_refused_by_name(tmp_pat
     store = _store(tmp_path, features=np.ones(8, np.float32))
     with pytest.raises(ValueError, match=r"slide 's.1' has shape \(8,\) in .* one embedding"):
         store.read("s.1")
+
+
+def test_hdf5_store__repacked_file_among_bags__is_no_slide(tmp_path):
+    layouts.write_uni2(tmp_path, "a")
+    repack(open_store(tmp_path), tmp_path.with_suffix(".h5"), progress=False)
+    tmp_path.with_suffix(".h5").rename(tmp_path / "packed.h5")
+    store = open_store(tmp_path)
+    for read in (store.shape, store.read):
+        with pytest.raises(ValueError, match=r"packed\.h5 is a repacked file of many"):
+            read("packed")
 
 
 def test_hdf5_store__two_bags_in_one_file__are_refused_by_name(tmp_path):

@@ -33,10 +33,10 @@ def grids():
 @pytest.fixture(scope="module")
 def measured():
     """What linear models can tell in a small cohort of each preset."""
-    return {name: _measure(SyntheticCohort(name, "small", seed=0)) for name in _NAMES}
+    return {name: measure(SyntheticCohort(name, "small", seed=0)) for name in _NAMES}
 
 
-def _measure(cohort):
+def measure(cohort):
     bags = cohort[:]
     probe = _fit(*_tiles([bags[index] for index in cohort.parts.train]))
     means = np.stack([bag.features.mean(dim=0).numpy() for bag in bags])

@@ -1,8 +1,10 @@
 """Whether a store holds what a table of slides asks for."""
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 
+from mil_anchor.data.labels import slide_name
 from mil_anchor.data.stores.base import Store
 from mil_anchor.data.stores.progress import with_bar
 
@@ -30,6 +32,26 @@ def check_slides(store: Store, slide_ids: Sequence[str]) -> None:
             f"and are not used: {_some(unused)}.",
             stacklevel=2,
         )
+
+
+def names_on_disk(store: Store, slide_ids: Sequence[str]) -> list[str]:
+    """The store's own names of the slides of a table.
+
+    Tables lose the suffix of slide files (`mil_anchor.data.labels.slide_name`), but ``a.svs.h5`` is
+    slide ``a.svs`` on disk.
+
+    Args:
+        store: The store.
+        slide_ids: All slides of the table.
+
+    Returns:
+        A name for every slide: the one that the store has, where that is clear; else its own.
+    """
+    on_disk = store.slide_ids
+    count = Counter(map(slide_name, on_disk))
+    name_of = {short: name for name in on_disk if count[short := slide_name(name)] == 1}
+    name_of |= {name: name for name in on_disk}
+    return [name_of.get(slide_id, slide_id) for slide_id in slide_ids]
 
 
 def check_widths(store: Store, slide_ids: Sequence[str], *, progress: bool = True) -> int:

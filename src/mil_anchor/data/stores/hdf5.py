@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from mil_anchor.data.stores.base import BagShape, FileStore, StoredBag
+from mil_anchor.data.stores.packed import FORMAT
 from mil_anchor.data.stores.tiles import (
     FEATURE_KEYS,
     RawCoords,
@@ -260,6 +261,11 @@ def _feature_key(group: h5py.Group) -> str | None:
 
 
 def _features(group: h5py.Group, slide_id: str, source: str) -> h5py.Dataset:
+    if str(group.attrs.get("format")) == FORMAT:
+        raise ValueError(
+            f"A file among files of slides must hold one slide, but {source} is a repacked file of "
+            "many. Move it out of the folder."
+        )
     name = _feature_key(group)
     if name is None:
         raise ValueError(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import override
 
-from mil_anchor.data.bags import MicrometreCoords, PixelCoords, TileCoords
+from mil_anchor.data.bags import UNITS
 from mil_anchor.data.stores.base import BagShape, Store, StoredBag, unknown_slide
 
 FORMAT = "mil_anchor"
@@ -40,8 +40,6 @@ INDEX = np.dtype(
         *((name, "S8") for name in ENTRIES),  # dtype in the source, empty where a slide has none
     ]
 )
-
-_KINDS: dict[str, type[TileCoords]] = {kind.unit: kind for kind in (PixelCoords, MicrometreCoords)}
 
 
 class State(IntEnum):
@@ -97,7 +95,7 @@ class PackedIndex:
             if record[name]
         }
         coords = entries.pop("coords", None)
-        kind = _KINDS.get(record["unit"].decode())
+        kind = UNITS.get(record["unit"].decode())
         return StoredBag(
             self.slide_ids[position],
             features,

@@ -87,7 +87,8 @@ def _load(path: Path, slide_id: str, *, memory_map: bool) -> Num[Tensor, "..."]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=memory_map)
     except _BROKEN as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Torch adds advice to its first sentence, in colours of a terminal.
+        reason = (str(error) or type(error).__name__).partition(". ")[0].splitlines()[0]
         raise ValueError(
             f"Feature files must be readable by torch.load with weights_only=True, but slide "
             f"{slide_id!r} in {path} is not: {reason}. Copy or extract it again."

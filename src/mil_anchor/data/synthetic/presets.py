@@ -74,17 +74,17 @@ class Preset:
     witness: tuple[WitnessRange, ...]
     lower_grades: float = 0.0
     more_foci: float = 2.0
-    strength: float = 4.5
+    strength: float = 6.0
     strength_spread: float = 0.25
     mimics: float = 0.6
     mimic_share: tuple[float, float] = (0.005, 0.08)
     mimic_strength: float = 0.7
-    artefact_link: float = 0.6
+    artefact_link: float = 0.2
     artefact_share: tuple[float, float] = (0.02, 0.1)
     label_noise: float = 0.04
     n_centres: int = 4
-    centre_gain: float = 0.3
-    centre_offset: float = 0.6
+    centre_gain: float = 0.15
+    centre_offset: float = 0.3
     size_spread: float = 0.5
 
     def __post_init__(self) -> None:
@@ -171,7 +171,6 @@ PRESETS = MappingProxyType(
             class_names=("benign", "atypical", "malignant"),
             witness=(WitnessRange(1.0, 0.1, 0.2),),
             lower_grades=0.7,
-            strength=6.0,
         ),
     }
 )

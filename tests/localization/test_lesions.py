@@ -10,7 +10,7 @@ from monai.metrics import compute_fp_tp_probs, compute_froc_curve_data, compute_
 
 from mil_anchor.data.bags import MicrometreCoords
 from mil_anchor.localization.detections import AllTiles, Detections
-from mil_anchor.localization.froc import (
+from mil_anchor.localization.lesions import (
     FALSE_POSITIVES_PER_SLIDE,
     SlideHits,
     froc,
