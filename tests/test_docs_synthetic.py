@@ -211,7 +211,9 @@ def test_claims__shortcut__is_taken_in_part_and_in_camelyon_like_only():
         for key in ("test/auroc", "localization/auroc"):
             assert _mean("camelyon_like", key, n_epochs=n_epochs) < probe - 0.15
     cohorts = MEASURES["cohorts"]["camelyon_like"]
-    artefact, pooled = (fmean(row[key] for row in cohorts) for key in ("artefact_fit", "pooled_val"))
+    artefact, pooled = (
+        fmean(row[key] for row in cohorts) for key in ("artefact_fit", "pooled_val")
+    )
     assert abs(artefact - pooled) < 0.1
 
 
