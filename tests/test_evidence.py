@@ -53,6 +53,7 @@ def test_write_evidence__lesions_in_micrometres__measures_and_draws(tmp_path):
         for label in (1, 0)
     ]
     expected = localize(slides).metrics
+    assert metrics.pop("localization/detections") == "nms, radius 275 um"
     assert metrics == pytest.approx({**expected, "localization/froc": 1.0}, abs=0.02)
     assert [file.name for file in (tmp_path / "heatmaps").iterdir()] == ["slide1.png"]
     with (tmp_path / "localization.csv").open() as file:
