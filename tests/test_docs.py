@@ -95,6 +95,10 @@ def test_your_data__run_commands__compose():
         check_arguments(composed(*shlex.split(line)))
 
 
+def test_your_data__number_of_maps__is_the_default():
+    assert f"on `maps` ({composed().maps}) validation slides" in DATA_TEXT
+
+
 def test_your_data__split_files_and_cohorts__are_those_that_exist():
     cohorts = DATA_TEXT.split("## Public cohorts")[1].split("\n## ")[0]
     named = set(re.findall(r"^\| `(\w+)` \|", cohorts, flags=re.MULTILINE))

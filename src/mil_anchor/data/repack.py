@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from mil_anchor.data.repack_plan import DTYPES, RepackPlan, plan_repack, some
+from mil_anchor.data.repack_plan import DTYPES, RepackPlan, plan_repack
 from mil_anchor.data.stores.base import Store, StoredBag
+from mil_anchor.data.stores.checks import some
 from mil_anchor.data.stores.packed import (
     PackedIndex,
     PackedStore,
@@ -143,7 +144,7 @@ def verify(path: Path, *, progress: bool = True) -> int:
     if damaged:
         raise ValueError(
             f"All slides of {path} must agree with their checksums, but {len(damaged)} are "
-            f"damaged: {some(damaged)}. Delete the file and repack its source again."
+            f"damaged: {some(damaged, shown=3)}. Delete the file and repack its source again."
         )
     return len(store.slide_ids)
 
@@ -238,9 +239,10 @@ def _verify_all(index: PackedIndex, *, progress: bool) -> None:
     set_state(index.path, set(written) - set(damaged), state=State.VERIFIED)
     if damaged:
         set_state(index.path, damaged, state=State.PENDING)
+        names = some([index.slide_ids[position] for position in damaged], shown=3)
         raise RuntimeError(
             f"What is read back from {index.path} must be what was written, but it differs for "
-            f"{some([index.slide_ids[position] for position in damaged])}. Check the disk; the "
+            f"{names}. Check the disk; the "
             "same command writes these slides anew."
         )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from mil_anchor.data.stores.base import BagShape, Store
+from mil_anchor.data.stores.checks import some
 from mil_anchor.data.stores.packed import PackedIndex, State, is_packed, read_index
 from mil_anchor.data.stores.progress import with_bar
 
@@ -71,7 +72,7 @@ class RepackPlan:
             found = f"its features have width {index.width}, not {self.width}"
         elif index.slide_ids != self.slide_ids:
             other = sorted(set(index.slide_ids) ^ set(self.slide_ids))
-            found = f"it is for other slides ({len(other)} differ: {some(other)})"
+            found = f"it is for other slides ({len(other)} differ: {some(other, shown=3)})"
         else:
             changed = [
                 slide_id
@@ -80,7 +81,7 @@ class RepackPlan:
                 and self.shapes[slide_id].n_instances != index.slides["n_instances"][position]
             ]
             if changed:
-                found = f"the source has another number of tiles now in {some(changed)}"
+                found = f"the source has another number of tiles now in {some(changed, shown=3)}"
         if found is not None:
             raise ValueError(
                 f"{destination} must be new or hold a part of the same repack, but {found}. Give "
@@ -127,7 +128,7 @@ def plan_repack(
     if missing:
         raise ValueError(
             f"Slides to repack must be in {source.path}, but {len(missing)} of {len(wanted)} are "
-            f"not: {some(missing)}. Leave them out, or extract their features first."
+            f"not: {some(missing, shown=3)}. Leave them out, or extract their features first."
         )
     plan = RepackPlan(source, wanted, dtype)
     of_width: dict[int, list[str]] = {}
@@ -146,14 +147,11 @@ def plan_repack(
             f"{plan.reasons}"
         )
     if len(of_width) > 1:
-        found = ", ".join(f"{width} in {some(ids)}" for width, ids in sorted(of_width.items()))
+        found = ", ".join(
+            f"{width} in {some(ids, shown=3)}" for width, ids in sorted(of_width.items())
+        )
         raise ValueError(
             f"All slides of a packed file must have one feature width, but there are {found}. "
             "Use features of one encoder only, and move the others out of the folder."
         )
     return plan
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names, for a message."""
-    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")

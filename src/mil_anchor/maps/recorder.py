@@ -85,6 +85,8 @@ class MapRecorder(EvaluationCallback):
         if _KNOWN.isdisjoint(batch) or not trainer.is_global_zero:
             return
         in_fit = trainer.state.fn == TrainerFn.FITTING
+        if in_fit and not set(self.epochs_of).intersection(of_bags):
+            return
         part = "test" if trainer.state.fn == TrainerFn.TESTING else "val"
         for bag in bags_of(batch):
             if in_fit and bag.bag_id not in self.epochs_of:

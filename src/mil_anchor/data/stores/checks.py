@@ -29,9 +29,19 @@ def check_slides(store: Store, slide_ids: Sequence[str]) -> None:
     if unused:
         warnings.warn(
             f"{len(unused)} of {len(on_disk)} slides in {store.path} are in no row of the table "
-            f"and are not used: {_some(unused)}.",
+            f"and are not used: {some(unused)}.",
             stacklevel=2,
         )
+
+
+def some(names: Sequence[str], *, shown: int = _SHOWN) -> str:
+    """The first names, for a message.
+
+    Example:
+        >>> some(["a", "b", "c"], shown=2)
+        "'a', 'b', ..."
+    """
+    return ", ".join(map(repr, names[:shown])) + (", ..." if len(names) > shown else "")
 
 
 def names_on_disk(store: Store, slide_ids: Sequence[str]) -> list[str]:
@@ -92,7 +102,7 @@ def check_widths(store: Store, slide_ids: Sequence[str], *, progress: bool = Tru
         )
     if len(slides_of_width) > 1:
         found = ", ".join(
-            f"{width} in {len(slides)} slides {_some(slides)}"
+            f"{width} in {len(slides)} slides {some(slides)}"
             for width, slides in sorted(slides_of_width.items())
         )
         raise ValueError(
@@ -107,12 +117,7 @@ def _refuse_missing(store: Store, slide_ids: Sequence[str], on_disk: Sequence[st
     if missing:
         raise ValueError(
             f"Every slide of the table must be in the store, but {len(missing)} of "
-            f"{len(set(slide_ids))} are not in {store.path}: {_some(missing)}. On disk are "
-            f"{_some(on_disk[:3])}, ... Extract them, drop them from the table, or correct their "
+            f"{len(set(slide_ids))} are not in {store.path}: {some(missing)}. On disk are "
+            f"{some(on_disk[:3])}, ... Extract them, drop them from the table, or correct their "
             "ids."
         )
-
-
-def _some(slide_ids: Sequence[str]) -> str:
-    listed = ", ".join(repr(slide_id) for slide_id in slide_ids[:_SHOWN])
-    return f"{listed}, ..." if len(slide_ids) > _SHOWN else listed

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from mil_anchor.data.bags import MicrometreCoords, PixelCoords, TileCoords
+from mil_anchor.data.bags import UNITS, TileCoords, column_not_finite
 from mil_anchor.data.stores.base import BagShape, StoredBag
 from mil_anchor.data.stores.pitch import grid_pitch
 
@@ -136,13 +136,8 @@ def label_text(value: object) -> str | None:
 
 
 def _check_finite(features: Float[Tensor, "instance width"], slide_id: str, source: str) -> None:
-    # Sums are 20 times cheaper than a look at each value; they may overflow, though, and one over
-    # all float16 values often would.
-    if features.sum(dim=1).isfinite().all():
-        return
-    finite = features.isfinite()
-    if not finite.all():
-        column = int((~finite).any(dim=0).nonzero()[0])
+    column = column_not_finite(features)
+    if column is not None:
         raise ValueError(
             f"Features must be finite, but slide {slide_id!r} holds NaN or infinity in column "
             f"{column} in {source}. Extract it again, or drop it from the table."
@@ -168,8 +163,7 @@ def _tile_coords(raw: RawCoords, n_tiles: int, slide_id: str, source: str) -> Ti
         return None
     if raw.centred:
         xy = np.rint(xy - pitch / 2).astype(np.int64)
-    kind = MicrometreCoords if raw.unit == "um" else PixelCoords
-    return kind(torch.from_numpy(xy), pitch)
+    return UNITS[raw.unit](torch.from_numpy(xy), pitch)
 
 
 def _annotation(

@@ -220,7 +220,7 @@ class SyntheticStore(Store):
 
     @override
     def label(self, slide_id: str) -> str:
-        return self.cohort.classes[self.cohort.labels[self._position(slide_id)]]
+        return self.cohort.classes[self.cohort.plans[self._position(slide_id)].label]
 
     def _position(self, slide_id: str) -> int:
         if slide_id not in self._index:
