@@ -15,6 +15,7 @@ from mil_anchor.attention import (
     normalized_sigmoid,
     softmax,
     top_mass,
+    valid_scores,
 )
 
 LAWS = settings(derandomize=True, deadline=None, max_examples=60)
@@ -218,6 +219,15 @@ def test_attention__scores_that_the_model_masked_with_minus_infinity__count_as_p
     assert normalized_entropy(log_softmax(masked)) == normalized_entropy(
         log_softmax(masked[..., :2])
     )
+
+
+def test_valid_scores__masked_half_precision__are_float32_and_minus_infinity_on_padding():
+    scores = torch.tensor([[1.5, torch.nan, -2.0]], dtype=torch.bfloat16)
+
+    valid = valid_scores(scores, torch.tensor([[True, False, True]]))
+
+    assert valid.dtype == torch.float32
+    assert valid.tolist() == [[1.5, -torch.inf, -2.0]]
 
 
 def test_entropy__uniform_peaked_and_single__is_one_zero_one():

@@ -30,7 +30,7 @@ def log_softmax(
 
     Source: ASMIL (arXiv 2603.06658), eq. 1-2.
     """
-    return F.log_softmax(_valid_scores(scores, mask), dim=-1)
+    return F.log_softmax(valid_scores(scores, mask), dim=-1)
 
 
 def log_normalized_sigmoid(
@@ -50,7 +50,7 @@ def log_normalized_sigmoid(
 
     Source: ASMIL (arXiv 2603.06658), eq. 5.
     """
-    valid = _valid_scores(scores, mask)
+    valid = valid_scores(scores, mask)
     return F.log_softmax(F.logsigmoid(valid), dim=-1)
 
 
@@ -74,6 +74,26 @@ def normalized_sigmoid(
         tensor([[0.5000, 0.5000, 0.0000]])
     """
     return log_normalized_sigmoid(scores, mask).exp()
+
+
+def valid_scores(
+    scores: Float[Tensor, "*bag_row instance"], mask: Bool[Tensor, "..."] | None = None
+) -> Float[Tensor, "*bag_row instance"]:
+    """Raw scores, checked, in float32 at least, and ``-inf`` where the mask leaves an instance out.
+
+    Args:
+        scores: Raw scores, usually (bag, row, instance).
+        mask: As for `log_softmax`.
+
+    Raises:
+        ValueError: As for `log_softmax`.
+    """
+    with _full_precision(scores):
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if mask is not None:
+            scores = scores.masked_fill(~_fit_mask(mask, scores), -torch.inf)
+    _check(scores)
+    return scores
 
 
 def kl_divergence(
@@ -158,18 +178,6 @@ def top_mass(
         n_top = n_instances.clamp(max=count)
     highest_first = log_attention.exp().sort(dim=-1, descending=True).values
     return highest_first.cumsum(dim=-1).gather(-1, n_top - 1).squeeze(-1)
-
-
-def _valid_scores(
-    scores: Float[Tensor, "*bag_row instance"], mask: Bool[Tensor, "..."] | None
-) -> Float[Tensor, "*bag_row instance"]:
-    """Scores in full precision with ``-inf`` on padding, checked."""
-    with _full_precision(scores):
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        if mask is not None:
-            scores = scores.masked_fill(~_fit_mask(mask, scores), -torch.inf)
-    _check(scores)
-    return scores
 
 
 def _fit_mask(mask: Tensor, scores: Tensor) -> Tensor:
