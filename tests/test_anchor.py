@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -76,6 +78,174 @@ def test_anchor__after_k_updates__equals_the_closed_form(wrap):
     twin.load_state_dict(anchor.block.state_dict())
     features = torch.randn(3, 6, dtype=torch.float64)
     assert torch.allclose(anchor(features), twin.eval()(features), rtol=1e-10)
+
+
+@pytest.mark.parametrize("k", [1, 5, 9, 30])
+def test_anchor__after_k_updates_with_warmup__has_moved_by_the_closed_form(k):
+    # (1 + t) / (10 + t) stays below a decay of .5 for t < 8 and equals it at t = 8: of the way, k
+    # updates leave 9! k! / (k + 9)!, and halve it from there on.
+    block = nn.Linear(3, 2).double()
+    anchor = Anchor(block, decay=0.5, warmup=True)
+    before = block.weight.detach().clone()
+    _perturb(block, 1.0)
+    for _ in range(k):
+        anchor.update()
+
+    n_warm = min(k, 9)
+    left = math.factorial(9) * math.factorial(n_warm) / math.factorial(n_warm + 9)
+    left *= 0.5 ** (k - n_warm)
+    expected = left * before + (1 - left) * block.weight
+    assert anchor.n_updates == k
+    assert torch.allclose(anchor.block.weight, expected, rtol=1e-12)
+
+
+def test_anchor__warmup_that_never_reaches_the_decay__has_only_the_factorials():
+    block = nn.Linear(1, 1).double()
+    anchor = Anchor(block, decay=0.999, warmup=True)
+    _perturb(block, 1.0)
+    gap = (anchor.block.weight - block.weight).item()
+    for _ in range(20):
+        anchor.update()
+
+    left = math.factorial(9) * math.factorial(20) / math.factorial(29)
+    assert (anchor.block.weight - block.weight).item() == pytest.approx(left * gap, rel=1e-9)
+
+
+def test_anchor__distance__is_zero_for_a_copy_and_the_relative_length_of_the_gap():
+    block = Scorer().double()
+    anchor = Anchor(block)
+    assert anchor.distance() == 0
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.mul_(4)
+
+    assert anchor.distance().item() == pytest.approx(3 / 4, rel=1e-12)
+    with torch.no_grad():
+        block.norm.running_mean.add_(9)  # no parameter
+    assert anchor.distance().item() == pytest.approx(3 / 4, rel=1e-12)
+
+
+def test_anchor__distance__equals_the_naive_one_in_half_precision_too():
+    block = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)).bfloat16()
+    anchor = Anchor(block)
+    _perturb(block)
+
+    one = torch.cat([p.flatten() for p in anchor.block.parameters()]).double()
+    other = torch.cat([p.flatten() for p in block.parameters()]).double()
+    assert anchor.distance().dtype == torch.float32
+    assert anchor.distance().item() == pytest.approx(
+        ((one - other).norm() / other.norm()).item(), rel=1e-5
+    )
+
+
+def _random_parts():
+    return nn.ModuleDict(
+        {
+            "linear": nn.Linear(6, 5),
+            "heads": nn.MultiheadAttention(6, 2),
+            "norm": nn.BatchNorm1d(6),
+            "nested": nn.Sequential(nn.LayerNorm(6), nn.Sequential(nn.Linear(6, 2))),
+        }
+    )
+
+
+def test_anchor__random_start__is_another_block_and_leaves_no_trace():
+    torch.manual_seed(0)
+    block = _random_parts()
+    _perturb(block)
+    held = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    state = torch.get_rng_state()
+    anchor = Anchor(block, start="random")
+
+    assert torch.equal(state, torch.get_rng_state())
+    for name, tensor in block.state_dict().items():
+        assert torch.equal(tensor, held[name]), name
+    for (name, mirrored), online in zip(
+        anchor.block.named_parameters(), block.parameters(), strict=True
+    ):
+        assert not torch.equal(mirrored, online), name
+        assert not mirrored.requires_grad
+    assert anchor.distance() > 0.5
+    assert not anchor.block.training
+
+
+def test_anchor__random_start__follows_the_seed_alone():
+    block = _random_parts()
+
+    def start(seed):
+        torch.manual_seed(seed)
+        return Anchor(block, start="random").state_dict()
+
+    one, again, other = start(3), start(3), start(4)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["linear.weight"], other["linear.weight"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(6, 5),
+        lambda: nn.MultiheadAttention(6, 2),
+        lambda: nn.MultiheadAttention(6, 2, kdim=3, vdim=4),
+        lambda: nn.BatchNorm1d(4),
+        lambda: nn.LSTM(3, 4),
+    ],
+    ids=["linear", "attention", "attention_of_three_widths", "batch_norm", "lstm"],
+)
+def test_anchor__random_start__is_what_the_constructor_draws(make):
+    block = make()
+    _perturb(block)
+    torch.manual_seed(5)
+    anchor = Anchor(block, start="random")
+
+    torch.manual_seed(int(torch.randint(2**62, ())))
+    fresh = make()
+    for name, tensor in fresh.state_dict().items():
+        assert torch.equal(anchor.block.state_dict()[name], tensor), name
+
+
+def test_anchor__random_start_right_after_the_seed_of_the_model__is_another_block():
+    torch.manual_seed(0)
+    block = nn.Linear(6, 5)
+    torch.manual_seed(0)
+
+    assert Anchor(block, start="random").distance() > 0.5
+
+
+def test_anchor__random_start_of_a_half_precision_block__is_drawn_in_float32():
+    block = nn.Linear(64, 64)
+    torch.manual_seed(0)
+    whole = Anchor(block, start="random").block.weight
+    torch.manual_seed(0)
+    half = Anchor(block.bfloat16(), start="random").block.weight
+
+    assert torch.equal(whole, half)
+    # The law of nn.Linear: uniform up to 1 / sqrt(width).
+    assert whole.abs().max() <= 1 / 8
+    assert whole.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.05)
+
+
+def test_anchor__random_start_of_parts_that_cannot_be_drawn_again__names_them():
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            self.token = nn.Parameter(torch.zeros(2))
+
+    with pytest.raises(ValueError, match=r"there is none in Token 'own'\. Write one"):
+        Anchor(nn.ModuleDict({"own": Token()}), start="random")
+    with pytest.raises(ValueError, match=r"there is none in Token\. Write one"):
+        Anchor(Token(), start="random")
+    with pytest.raises(ValueError, match=r"ParametrizationList 'hidden\.parametrizations\.weight'"):
+        Anchor(Scorer(parametrizations.weight_norm), start="random")
+    # A method that does not reach what the layer computes its weight from is of no use.
+    with pytest.raises(ValueError, match=r"they left \['hidden.weight_orig'\] alone"):
+        Anchor(Scorer(torch.nn.utils.spectral_norm), start="random")
+
+
+def test_anchor__unknown_start__is_named():
+    with pytest.raises(ValueError, match="start must be one of copy, random, but got 'zero'"):
+        Anchor(nn.Linear(1, 1), start="zero")
 
 
 def test_anchor__integer_buffer__is_copied():

@@ -6,14 +6,18 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from mil_anchor.schedules import warmed_up
 from mil_anchor.sites.base import map_tensors, tensors_in
 
 Result = TypeVar("Result")
+
+STARTS = ("copy", "random")
 
 # Hooks that belong to the computation itself: without them the block loses its weight.
 _STRUCTURAL_HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
@@ -35,32 +39,55 @@ _HOOK_TABLES = (
 class Anchor:
     """EMA mirror of an attention block: ``theta' <- m theta' + (1 - m) theta``.
 
-    The mirror starts as an exact copy without the block's hooks, stays in eval mode (it consumes no
-    random numbers), takes no gradient, and holds its floating tensors in float32 at least: an
-    average of bfloat16 numbers at m = 0.999 would never move.
+    The mirror is a copy without the block's hooks, stays in eval mode (it consumes no random
+    numbers), takes no gradient, and holds its floating tensors in float32 at least: an average of
+    bfloat16 numbers at m = 0.999 would never move.
 
     Args:
         online: The attention block to mirror. Lazy parameters must be materialised.
         decay: The EMA factor m, in [0, 1).
+        warmup: Update number t, from 0, has the factor ``min(m, (1 + t) / (10 + t))``, so that the
+            mirror follows early, fast-changing weights.
+        start: ``"copy"``: the block's weights; ``"random"``: a fresh initialisation by the
+            ``reset_parameters`` of its submodules. That depends on the global random state, and
+            leaves it as it was.
+
+    Attributes:
+        n_updates: How many updates have been made; those by several optimizers all count.
 
     Raises:
-        ValueError: The decay lies outside [0, 1), or the block holds uninitialised parameters.
+        ValueError: The decay lies outside [0, 1), the block holds uninitialised parameters, the
+            start is unknown, or a submodule cannot be initialised again.
 
-    Source: ASMIL (arXiv 2603.06658), eq. 4.
+    Source: ASMIL (arXiv 2603.06658), eq. 4. The random start is that of the authors' code, whose
+    anchor is a second initialisation; the paper has neither it nor the warm-up.
     """
 
-    def __init__(self, online: nn.Module, *, decay: float = 0.999) -> None:
+    def __init__(
+        self,
+        online: nn.Module,
+        *,
+        decay: float = 0.999,
+        warmup: bool = False,
+        start: str = "copy",
+    ) -> None:
         check_decay(decay)
+        if start not in STARTS:
+            raise ValueError(f"start must be one of {', '.join(STARTS)}, but got '{start}'.")
         if has_lazy_parameters(online):
             raise ValueError(
                 "The anchor copies a block whose parameters exist, but this block still has lazy "
                 "ones. Run one forward pass first."
             )
         self.decay = decay
+        self.warmup = warmup
+        self.n_updates = 0
         self.online = online
         self.block = _bare_copy(online).requires_grad_(requires_grad=False).eval()
         for tensor in _tensors(self.block):
             tensor.data = tensor.data.to(_anchor_dtype(tensor))
+        if start == "random":
+            _initialize(self.block)
 
     @torch.no_grad()
     def apply(self, function: Callable[[nn.Module, Any], Result], inputs: Any) -> Result:
@@ -90,6 +117,8 @@ class Anchor:
             parameters: Only these parameters of the online block move (those that one of several
                 optimizers has just changed); None moves all of them.
         """
+        decay = warmed_up(self.decay, self.n_updates) if self.warmup else self.decay
+        self.n_updates += 1
         chosen = None if parameters is None else {id(parameter) for parameter in parameters}
         pairs = [
             (mirrored, online)
@@ -101,12 +130,24 @@ class Anchor:
         floating = [(m, o.to(m.dtype)) for m, o in pairs if m.is_floating_point()]
         if floating:
             mirrors, targets = map(list, zip(*floating, strict=True))
-            torch._foreach_lerp_(mirrors, targets, 1 - self.decay)
+            torch._foreach_lerp_(mirrors, targets, 1 - decay)
         for mirrored, online in pairs:
             if not mirrored.is_floating_point():
                 mirrored.copy_(online)
         for copied, buffer in zip(self.block.buffers(), self.online.buffers(), strict=True):
             copied.copy_(buffer)
+
+    @torch.no_grad()
+    def distance(self) -> Float[Tensor, ""]:
+        """Relative Euclidean distance of the parameters, ``‖theta' - theta‖ / ‖theta‖``."""
+        apart = size = torch.zeros(())
+        for mirrored, parameter in zip(
+            self.block.parameters(), self.online.parameters(), strict=True
+        ):
+            online = parameter.to(mirrored.dtype)
+            apart = apart + (mirrored - online).square().sum()
+            size = size + online.square().sum()
+        return (apart / size).sqrt()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters and buffers of the mirror by name, as plain tensors on the CPU."""
@@ -165,6 +206,50 @@ def _bare_copy(block: nn.Module) -> nn.Module:
     # mypy cannot see that a copy of a module is a module.
     duplicate: nn.Module = copy.deepcopy(block, memo)
     return duplicate
+
+
+def _initialize(block: nn.Module) -> None:
+    """Draw the block's parameters anew, without a trace in the global random state."""
+    owners = {
+        name: module
+        for name, module in block.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
+    resets = {name: _reset_of(module) for name, module in owners.items()}
+    without = [
+        f"{type(module).__name__} '{name}'".removesuffix(" ''")
+        for name, module in owners.items()
+        if resets[name] is None
+    ]
+    if without:
+        raise ValueError(
+            "A random anchor needs a reset_parameters method in every part of the attention block "
+            f"that owns parameters, but there is none in {', '.join(without)}. Write one, or use "
+            "start='copy'."
+        )
+    # What a method leaves alone (the factors of an old weight_norm) would stay the block's.
+    for parameter in block.parameters():
+        if parameter.is_floating_point():
+            nn.init.constant_(parameter, torch.nan)
+    device = next((tensor.device for tensor in _tensors(block)), torch.device("cpu"))
+    block.to("cpu")  # the same numbers on every device, and no generator but this one is touched
+    with torch.random.fork_rng([]):
+        # A stream of its own: a model made right after the same seed has drawn this one.
+        torch.default_generator.manual_seed(int(torch.randint(2**62, ())))
+        for name in reversed(resets):  # as constructors do: parts before what holds them
+            resets[name]()
+    block.to(device)
+    left = [name for name, parameter in block.named_parameters() if bool(parameter.isnan().any())]
+    if left:
+        raise ValueError(
+            "The reset_parameters methods of a random anchor must set all its parameters, but they "
+            f"left {left} alone. Use start='copy'."
+        )
+
+
+def _reset_of(module: nn.Module) -> Any:
+    """What draws a module's own parameters; torch's attention has it under a private name."""
+    return getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
 
 
 def _is_structural(hook: object) -> bool:

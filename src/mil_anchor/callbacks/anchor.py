@@ -1,5 +1,8 @@
 """AnchorCallback: holds a model's attention to an EMA of its own attention block."""
 
+import math
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,60 +14,112 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from mil_anchor.anchor import Anchor, check_decay, has_lazy_parameters
-from mil_anchor.attention import kl_divergence, log_normalized_sigmoid, log_softmax
+from mil_anchor.anchor import STARTS, Anchor, check_decay, has_lazy_parameters
+from mil_anchor.attention import log_softmax
+from mil_anchor.callbacks.evaluated import EvaluatedWeights
 from mil_anchor.callbacks.processes import is_distributed, tell
 from mil_anchor.callbacks.regularizer import AttentionRegularizer
+from mil_anchor.matching import REDUCTIONS, attention_distance, bag_feature_distance
+from mil_anchor.schedules import Constant, Schedule
 from mil_anchor.sites.base import RecordedAttention, Site
+from mil_anchor.targets import Target, as_target
 
-TARGETS = {"nsf": log_normalized_sigmoid, "softmax": log_softmax}
+EVALUATES = ("online", "anchor")
+MATCHES = ("attention", "bag_feature")
+UPDATES = ("step", "epoch", "never")
 
 
-class AnchorCallback(AttentionRegularizer):
+class AnchorCallback(EvaluatedWeights, AttentionRegularizer):
     """Adds ``weight x KL(target(anchor scores) ‖ softmax(online scores))`` to the training loss.
 
     The anchor is an EMA copy of the attention block and gets the block's own, detached input. It
     lives here, not in the model: the model's ``state_dict`` is untouched and at inference nothing
-    of it remains. A checkpoint of the Trainer carries it.
+    of it remains, unless it is what is evaluated. A checkpoint of the Trainer carries it.
 
     Args:
         site: The attention block: None (known by the model's class, or found in the first training
             step), a path, or a `Site`.
-        target: What the anchor's scores become: ``"nsf"`` (the paper's) or ``"softmax"``.
+        target: What the anchor's scores become: ``"nsf"`` (the paper's), ``"softmax"``,
+            ``"nsf_centered"``, ``"entmax"``, ``"sparsemax"``, ``"uniform"``, or a `Target`. Where
+            it does not read scores (uniform) there is no anchor at all.
         decay: EMA factor in [0, 1).
+        warmup: Let the decay rise, ``min(decay, (1 + t) / (10 + t))`` at update t, so that the
+            anchor follows early, fast-changing weights.
         weight: Coefficient of the divergence (the paper's beta), at least 0.
-        update: Move the anchor after every optimizer ``"step"`` or every ``"epoch"``.
+        schedule: What the weight is multiplied by as the training goes on: ``"constant"``,
+            ``"ramp"``, ``"linear"``, ``"cosine"``, or a `Schedule`.
+        update: Move the anchor after every optimizer ``"step"``, every ``"epoch"``, or ``"never"``.
+        start: The anchor begins as a ``"copy"`` of the block, or as a ``"random"`` initialisation.
+            A random one that never moves is the control for what the average is good for.
+        match: Hold the online ``"attention"`` to the target, or only its ``"bag_feature"``: then
+            the term is ``‖sum_i (target_i - attention_i) h_i‖^2 / width`` with the block's own
+            input features h.
+        reduction: The divergence is a ``"sum"`` over instances, as in the paper, or a ``"mean"``,
+            as in its authors' released code: N times weaker, for reproducing that only.
+        evaluate: Validate and test with the ``"online"`` attention block, as in the paper, or with
+            the parameters of the ``"anchor"`` in its place; see `EvaluatedWeights`.
+        scope: ``"block"``: the anchor is a copy of the attention block alone; ``"encoder"``: of
+            the whole model around it.
         strict: Whether scores that no softmax of the model has got are an error or a warning.
 
     Raises:
-        ValueError: An argument is out of range; the message names it.
+        ValueError: An argument is out of range, or two of them exclude each other.
 
-    Logs ``anchor/kl`` (the divergence in nats) and ``anchor/loss`` (weight x kl), means over the
-    epoch's distributions.
+    Logs ``anchor/kl`` (the divergence in nats; with the bag feature ``anchor/bag_feature``) and
+    ``anchor/loss`` (weight x divergence), means over the epoch's distributions; at the epoch's end
+    ``anchor/distance``, how far the anchor's parameters are from the block's, relative to these;
+    and ``anchor/weight``, the coefficient, if it changes.
 
-    Source: ASMIL (arXiv 2603.06658), eq. 4, 5, 7 and 9. KL is summed over instances and averaged
-    over rows and bags.
+    Source: ASMIL (arXiv 2603.06658), eq. 4, 5, 7 and 9; the bag feature is its App. I. KL is summed
+    over instances and averaged over rows and bags.
     """
 
     def __init__(
         self,
         site: Site | str | None = None,
         *,
-        target: str = "nsf",
+        target: Target | str = "nsf",
         decay: float = 0.999,
-        weight: float = 0.01,
+        warmup: bool = False,
+        weight: float = 0.03,
+        schedule: Schedule | str = "constant",
         update: str = "step",
+        start: str = "copy",
+        match: str = "attention",
+        reduction: str = "sum",
+        evaluate: str = "online",
+        scope: str = "block",
         strict: bool = True,
     ) -> None:
-        super().__init__(site, weight=weight, strict=strict)
-        _check_choice("target", target, tuple(TARGETS))
-        _check_choice("update", update, ("step", "epoch"))
+        super().__init__(site, weight=weight, schedule=schedule, scope=scope, strict=strict)
         check_decay(decay)
-        self.target = target
+        _check_choice("update", update, UPDATES)
+        _check_choice("start", start, STARTS)
+        _check_choice("match", match, MATCHES)
+        _check_choice("reduction", reduction, REDUCTIONS)
+        _check_choice("evaluate", evaluate, EVALUATES)
+        if match == "bag_feature" and reduction == "mean":
+            raise ValueError(
+                "reduction='mean' divides a divergence of attention by its instances, but a bag "
+                "feature (match='bag_feature') has none. Leave reduction away."
+            )
+        self.target = as_target(target)
+        # An update after the epoch comes between its validation and its checkpoint.
+        if evaluate == "anchor" and (update != "step" or not self.target.reads_scores):
+            raise ValueError(
+                "evaluate='anchor' must have an anchor that follows the block step by step, but "
+                f"there is none with target {self.target} and update='{update}'. Use "
+                "evaluate='online'."
+            )
         self.decay = decay
+        self.warmup = warmup
         self.update = update
+        self.start = start
+        self.match = match
+        self.reduction = reduction
+        self.evaluate = evaluate
         self._anchor: Anchor | None = None
-        self._saved: dict[str, Tensor] | None = None
+        self._saved: dict[str, Any] = {}
         self._handles: list[RemovableHandle] = []
 
     @override
@@ -73,20 +128,23 @@ class AnchorCallback(AttentionRegularizer):
         # Every fit has an anchor of its own: of this model, or of the checkpoint loaded next.
         if stage == "fit":
             self._anchor = None
-        self._saved = None
+        self._saved = {}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.ckpt_path is not None and self._saved is None:
+        if trainer.ckpt_path is not None and self.target.reads_scores and not self._saved:
+            begins = "from the loaded weights" if self.start == "copy" else "at random"
             tell(
                 f"The checkpoint {trainer.ckpt_path} holds no anchor for {self.state_key}: the "
-                "anchor starts from the loaded weights."
+                f"anchor starts {begins}."
             )
         super().on_train_start(trainer, pl_module)
 
     @override
     def _attach(self, site: Site) -> None:
         super()._attach(site)
+        if not self.target.reads_scores:
+            return
         # Only now are the weights final: loaded, and broadcast from rank 0.
         if not has_lazy_parameters(self.online.block):
             self._start_anchor()
@@ -97,45 +155,62 @@ class AnchorCallback(AttentionRegularizer):
     def anchor(self) -> Anchor:
         """The EMA copy of the attention block; there is one from a fit's first step on."""
         if self._anchor is None:
-            raise RuntimeError("The anchor starts with the first training step of a fit.")
+            raise RuntimeError(
+                "The anchor starts with the first training step of a fit, if the target reads "
+                f"scores. This target is {self.target}."
+            )
         return self._anchor
+
+    def distance(self) -> Float[Tensor, ""]:
+        """How far the anchor's parameters are from the online block's, relative to these."""
+        return self.anchor.distance()
 
     @override
     def penalty(self, attention: RecordedAttention) -> Float[Tensor, "bag row"]:
-        if self._anchor is None:  # lazy parameters exist only now
-            self._start_anchor()
-        # The anchor runs in evaluation mode: what the model masks only in training, it does not.
-        masked = attention.scores == -torch.inf
-        anchor_scores = self.anchor.apply(self.online.site.rescore, attention.inputs)
-        anchor_scores = anchor_scores.masked_fill(masked, -torch.inf)
-        log_target = TARGETS[self.target](anchor_scores, attention.mask)
+        reads = self.target.reads_scores
+        scores = self._anchor_scores(attention) if reads else attention.scores
+        # Not every target follows the training: one that does refuses NaN.
+        progress = math.nan if _is_endless(self.module.trainer) else self.progress
+        log_target = self.target(scores, attention.mask, progress=progress)
         log_online = log_softmax(attention.scores, attention.mask)
-        return kl_divergence(log_target, log_online)
+        if self.match == "attention":
+            return attention_distance(log_target, log_online, reduction=self.reduction)
+        features = self.online.site.instances(attention.inputs)
+        return bag_feature_distance(log_target, log_online, features)
 
     @override
     def log_values(self, penalty: Tensor) -> dict[str, Tensor]:
-        return {"anchor/kl": penalty, "anchor/loss": self.weight * penalty}
+        measured = "anchor/kl" if self.match == "attention" else "anchor/bag_feature"
+        values = {measured: penalty, "anchor/loss": self.mean_weight * penalty}
+        if not isinstance(self.schedule, Constant):
+            values["anchor/weight"] = torch.as_tensor(self.current_weight)
+        if self._anchor is not None:
+            values["anchor/distance"] = self.distance()
+        return values
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         if self.update == "epoch" and self._anchor is not None:
             self._anchor.update()
-            _share_buffers(self._anchor)
+            _share(self._anchor.block.buffers())
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._anchor is None else {"anchor": self._anchor.state_dict()}
+        if self._anchor is None:
+            return {}
+        return {"anchor": self._anchor.state_dict(), "n_updates": self._anchor.n_updates}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Called before the model is on its device, and by validate and test too: only kept.
-        self._saved = state_dict.get("anchor")
+        self._saved = state_dict
 
     @override
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         # The site is a part of the key, and may have been found then and be named now.
         own = f"{type(self).__name__}{{"
         states = checkpoint.get("callbacks", {})
@@ -146,13 +221,35 @@ class AnchorCallback(AttentionRegularizer):
             if type(callback) is type(self)
         ]
         if self.state_key not in states and len(keys) == len(alike) == 1:
-            self._saved = states[keys[0]].get("anchor")
+            self._saved = states[keys[0]]
+
+    @override
+    def replacements(self, pl_module: LightningModule) -> Sequence[tuple[Tensor, Tensor]]:
+        if self._anchor is None:
+            return []
+        pairs = zip(self._anchor.online.parameters(), self._anchor.block.parameters(), strict=True)
+        return list(pairs)
 
     def _start_anchor(self) -> None:
-        self._anchor = Anchor(self.online.block, decay=self.decay)
-        if self._saved is not None:
-            self._anchor.load_state_dict(self._saved)
-            self._saved = None
+        start = "copy" if self._saved else self.start
+        block = self.online.block
+        self._anchor = Anchor(block, decay=self.decay, warmup=self.warmup, start=start)
+        if self._saved:
+            self._anchor.load_state_dict(self._saved["anchor"])
+            # Checkpoints from before the warm-up do not count updates.
+            self._anchor.n_updates = self._saved.get("n_updates", 0)
+            self._saved = {}
+        elif start == "random":
+            # Each process has drawn its own.
+            _share(chain(self._anchor.block.parameters(), self._anchor.block.buffers()))
+
+    def _anchor_scores(self, attention: RecordedAttention) -> Float[Tensor, "bag row instance"]:
+        if self._anchor is None:  # lazy parameters exist only now
+            self._start_anchor()
+        # The anchor runs in evaluation mode: what the model masks only in training, it does not.
+        masked = attention.scores == -torch.inf
+        scores = self.anchor.apply(self.online.site.rescore, attention.inputs)
+        return scores.masked_fill(masked, -torch.inf)
 
     def _follow(self) -> None:
         """Move the anchor after each step of the optimizers that own the block's parameters."""
@@ -175,7 +272,7 @@ class AnchorCallback(AttentionRegularizer):
             # A training step that returns None still calls optimizer.step, without gradients.
             if self._anchor is not None and any(p.grad is not None for p in owned):
                 self._anchor.update(owned)
-                _share_buffers(self._anchor)
+                _share(self._anchor.block.buffers())
 
         return move
 
@@ -186,11 +283,16 @@ class AnchorCallback(AttentionRegularizer):
         self._handles = []
 
 
-def _share_buffers(anchor: Anchor) -> None:
-    """Give all processes the same anchor: after a step parameters are equal, buffers are not."""
+def _is_endless(trainer: Trainer) -> bool:
+    """Whether only a clock or an exception ends the fit."""
+    return trainer.max_epochs == -1 and trainer.max_steps == -1
+
+
+def _share(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the first one's: after a step parameters are equal, buffers are not."""
     if is_distributed():
-        for buffer in anchor.block.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, src=0)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

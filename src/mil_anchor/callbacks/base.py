@@ -4,12 +4,14 @@ from abc import ABC
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from mil_anchor.anchor import Anchor
 from mil_anchor.callbacks.patch import TrainingPatch
 from mil_anchor.callbacks.processes import gather_objects
 from mil_anchor.callbacks.recorder import AttentionRecorder
@@ -17,11 +19,13 @@ from mil_anchor.callbacks.search import search
 from mil_anchor.callbacks.watch import StepWatch
 from mil_anchor.sites.base import RecordedAttention, Site
 from mil_anchor.sites.discovery import NothingToSeeError
+from mil_anchor.sites.encoder import with_encoder
 from mil_anchor.sites.proof import find_difference, has_nan, is_provable
 from mil_anchor.sites.registry import as_site, known_site
 
 # Steps that may pass without attention (warm-ups, other losses) before the search gives up.
 _PATIENCE = 10
+_SCOPES = ("block", "encoder")
 
 
 class AttentionCallback(Callback, ABC):
@@ -34,15 +38,26 @@ class AttentionCallback(Callback, ABC):
     Args:
         site: The attention block: None (known by the model's class, or found in the first training
             step), a path, or a `Site`.
+        scope: What `AttentionRecorder.block` is: ``"block"``, the attention block on the online
+            model's features, or ``"encoder"``, the whole model around it on the raw features.
         strict: Whether scores that no softmax of the model has got are an error or a warning.
+
+    Raises:
+        TypeError: The site is neither a site nor a path.
+        ValueError: There is no such scope.
     """
 
     _only_with_grad: bool
 
-    def __init__(self, site: Site | str | None, *, strict: bool = True) -> None:
+    def __init__(
+        self, site: Site | str | None, *, scope: str = "block", strict: bool = True
+    ) -> None:
         if site is not None:
             as_site(site)  # now, and not when the fit has begun
+        if scope not in _SCOPES:
+            raise ValueError(f"scope must be one of {', '.join(_SCOPES)}, but got '{scope}'.")
         self.site = site
+        self.scope = scope
         self.strict = strict
         self._recorder: AttentionRecorder | None = None
         self._guess: Site | None = None
@@ -58,7 +73,7 @@ class AttentionCallback(Callback, ABC):
     @override
     def state_key(self) -> str:
         site = None if self.site is None else str(as_site(self.site))
-        return self._generate_state_key(site=site)
+        return self._generate_state_key(site=site, scope=self.scope)
 
     @property
     def module(self) -> LightningModule:
@@ -182,6 +197,8 @@ class AttentionCallback(Callback, ABC):
     def _prove(self, attention: Sequence[RecordedAttention], watch: StepWatch) -> bool:
         """Compare the scores with what the model's softmax got; True: no further step is needed."""
         site = self.online.site
+        if self.scope == "encoder" and attention and not self._n_read:
+            self._check_repeatable(attention)
         self._n_read += len(attention)
         if not site.must_be_proven:
             return True
@@ -205,15 +222,35 @@ class AttentionCallback(Callback, ABC):
             f"The scores of attention block '{site.path}' must be what the model's softmax gets, "
             f"but {difference}."
         )
-        if self.strict:
-            raise MisconfigurationException(
-                f"{why} {type(self).__name__}(..., strict=False) makes this a warning, for models "
-                "whose attention is no plain softmax of their scores."
-            )
-        rank_zero_warn(why)
+        self._refuse(why, ", for models whose attention is no plain softmax of their scores")
         return True
 
+    def _refuse(self, why: str, models: str = "") -> None:
+        if self.strict:
+            raise MisconfigurationException(
+                f"{why} {type(self).__name__}(..., strict=False) makes this a warning{models}."
+            )
+        rank_zero_warn(why)
+
+    def _check_repeatable(self, attention: Sequence[RecordedAttention]) -> None:
+        """Run a copy of the model twice: one that shuffles would pair scores of other instances."""
+        copy, site = Anchor(self.online.block), self.online.site
+        for read in attention:
+            one, other = copy.apply(
+                lambda block, inputs: [site.rescore(block, inputs) for _ in range(2)], read.inputs
+            )
+            if not torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True):
+                self._refuse(
+                    f"With scope='encoder' the model around attention block '{site.path}' must "
+                    "score an instance alike whenever it runs in evaluation mode, but it gave "
+                    "other scores when it ran again: it draws random numbers, and perhaps the "
+                    "order of the instances. Use scope='block'."
+                )
+                return
+
     def _attach(self, site: Site) -> None:
+        if self.scope == "encoder":
+            site = with_encoder(site, self.module)
         self._recorder = AttentionRecorder(self.module, site, only_with_grad=self._only_with_grad)
 
     def _give_up(self, why: str) -> None:

@@ -86,7 +86,9 @@ class CallRecorder:
         if any(is_functorch_wrapped_tensor(x) for x in tensors_in((args, kwargs, output))):
             return  # under vmap there is no tensor to keep
         size = max((x.numel() for x in tensors_in((args, kwargs))), default=0) // self._narrow
-        if self._narrow > 1 and not any(x.requires_grad for x in tensors_in(output)):
+        outputs = list(tensors_in(output))
+        # An output in an object of the model's own cannot be looked into.
+        if self._narrow > 1 and outputs and not any(x.requires_grad for x in outputs):
             # Of frozen parts, whose tensors nobody keeps, the shapes will do.
             args, kwargs = map_tensors(_shape_of, (args, kwargs))
             kept = map_tensors(lambda x: x.clone() if x.numel() <= size else _shape_of(x), output)

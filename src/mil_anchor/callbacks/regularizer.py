@@ -1,8 +1,10 @@
 """The mechanism of every plug-in: a penalty on the attention of each training step."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from mil_anchor.callbacks.base import AttentionCallback
 from mil_anchor.callbacks.patch import TrainingPatch
 from mil_anchor.callbacks.processes import weighted_mean
 from mil_anchor.callbacks.recorder import batch_entry
+from mil_anchor.callbacks.uniform import UniformWatch
+from mil_anchor.schedules import Constant, Schedule, as_schedule
 from mil_anchor.sites.base import RecordedAttention, Site
 
 # By name, since the package pytorch_lightning has classes of its own.
@@ -23,7 +27,7 @@ _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 
 
 class AttentionRegularizer(AttentionCallback):
-    """Adds ``weight x mean penalty`` to the training loss of an unmodified model.
+    """Adds ``weight x schedule x mean penalty`` to the training loss of an unmodified model.
 
     A subclass says what the penalty of one recorded call of the attention block is. During a
     training step the block's calls are recorded by a hook; after the step the penalty, averaged
@@ -37,10 +41,14 @@ class AttentionRegularizer(AttentionCallback):
         site: The attention block: None (known by the model's class, or found in the first training
             step), a path, or a `Site`.
         weight: Coefficient of the penalty, at least 0.
+        schedule: What the weight is multiplied by as the training goes on: ``"constant"``,
+            ``"ramp"`` (0 up to 20 % of the training, 1 from 60 % on), ``"linear"`` and
+            ``"cosine"`` (1 to 0), or a `Schedule`.
+        scope: ``"block"``: the attention block alone; ``"encoder"``: the whole model around it.
         strict: Whether scores that no softmax of the model has got are an error or a warning.
 
     Raises:
-        ValueError: The weight is negative or not finite.
+        ValueError: The weight is negative or not finite, or a name is unknown.
 
     Example:
         A penalty on the largest attention weight, as a plug-in of its own::
@@ -56,18 +64,28 @@ class AttentionRegularizer(AttentionCallback):
     _only_with_grad = True
 
     def __init__(
-        self, site: Site | str | None = None, *, weight: float, strict: bool = True
+        self,
+        site: Site | str | None = None,
+        *,
+        weight: float,
+        schedule: Schedule | str = "constant",
+        scope: str = "block",
+        strict: bool = True,
     ) -> None:
         if not 0 <= weight < float("inf"):
             raise ValueError(
                 f"weight must be a finite number of at least 0, but got {weight}. Use 0 to measure "
                 "without changing the training."
             )
-        super().__init__(site, strict=strict)
+        super().__init__(site, scope=scope, strict=strict)
         self.weight = weight
+        self.schedule = as_schedule(schedule)
+        self._uniform = UniformWatch("training")
         self._batch: Any = None
+        self._batch_idx = 0
         self._values: list[Tensor] = []
         self._n_values: list[int] = []
+        self._weights: list[float] = []
 
     @abstractmethod
     def penalty(self, attention: RecordedAttention) -> Float[Tensor, "bag row"]:
@@ -76,6 +94,41 @@ class AttentionRegularizer(AttentionCallback):
     @abstractmethod
     def log_values(self, penalty: Tensor) -> dict[str, Tensor]:
         """What to log at the end of an epoch, given the epoch's mean penalty."""
+
+    @property
+    def progress(self) -> float:
+        """How much of the fit is over, in [0, 1], by ``max_epochs`` and ``max_steps``.
+
+        Raises:
+            MisconfigurationException: The Trainer has neither.
+        """
+        trainer = self.module.trainer
+        shares = []
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            n_batches = trainer.num_training_batches
+            of_epoch = self._batch_idx / n_batches if 0 < n_batches < math.inf else 0.0
+            shares.append((trainer.current_epoch + of_epoch) / trainer.max_epochs)
+        if trainer.max_steps > 0:
+            shares.append(trainer.global_step / trainer.max_steps)
+        if not shares:
+            raise MisconfigurationException(
+                f"{type(self).__name__} follows {self.schedule} over the training, whose length "
+                "the Trainer must know, but it has neither max_epochs nor max_steps. Set one, or "
+                "schedule='constant'."
+            )
+        return min(1.0, max(shares))
+
+    @property
+    def current_weight(self) -> float:
+        """The coefficient of the penalty in this step: the weight times the schedule's factor."""
+        if isinstance(self.schedule, Constant):
+            return self.weight
+        return self.weight * self.schedule(self.progress)
+
+    @property
+    def mean_weight(self) -> float:
+        """The coefficient of the penalty, mean over the steps of this epoch so far."""
+        return fmean(self._weights) if self._weights else self.current_weight
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -90,17 +143,26 @@ class AttentionRegularizer(AttentionCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         TrainingPatch.of(pl_module).add_term(self)
+        self._uniform.start(trainer)
+        self._batch_idx = 0
+        _ = self.current_weight  # now, and not in the first step: the schedule must be defined
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch_idx = batch_idx
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
+        self._uniform.end_epoch(trainer)
         if not self._values:
             # Automatic optimization has raised in the first step, unless every step was skipped.
             if not pl_module.automatic_optimization:
                 raise MisconfigurationException(self.describe_missing())
             return
         mean = weighted_mean(self._values, self._n_values)
-        self._values, self._n_values = [], []
         others = [
             other
             for other in trainer.callbacks  # type: ignore[attr-defined]
@@ -108,6 +170,7 @@ class AttentionRegularizer(AttentionCallback):
         ]
         suffix = f"/{self.online.site.path}" if others else ""
         values = self.log_values(mean)
+        self._forget_epoch()
         pl_module.log_dict({f"{key}{suffix}": value for key, value in values.items()})
 
     def start_step(self, batch: Any) -> None:
@@ -118,8 +181,9 @@ class AttentionRegularizer(AttentionCallback):
 
     def take_term(self) -> Tensor | None:
         """The weighted penalty of the calls recorded so far; None for weight 0."""
+        weight = self.current_weight
         # At weight 0 nothing enters the loss, not even a zero: training is bit for bit as without.
-        with torch.set_grad_enabled(self.weight > 0):
+        with torch.set_grad_enabled(weight > 0):
             try:
                 calls = self.online.take(self._batch)
                 penalties = torch.cat([self.penalty(call).flatten() for call in calls])
@@ -128,9 +192,12 @@ class AttentionRegularizer(AttentionCallback):
                 where = "" if ids is None else f"In the batch of bags {ids}: "
                 raise ValueError(f"{where}{error}") from error
             mean = penalties.mean()
+        for call in calls:
+            self._uniform.add(call.scores, call.mask)
         self._values.append(mean.detach())
         self._n_values.append(len(penalties))
-        return self.weight * mean if self.weight > 0 else None
+        self._weights.append(weight)
+        return weight * mean if weight > 0 else None
 
     def end_step(self) -> None:
         """Drop what the step left behind, graph included."""
@@ -174,4 +241,7 @@ class AttentionRegularizer(AttentionCallback):
     def _detach(self) -> None:
         super()._detach()
         self._batch = None
-        self._values, self._n_values = [], []
+        self._forget_epoch()
+
+    def _forget_epoch(self) -> None:
+        self._values, self._n_values, self._weights = [], [], []

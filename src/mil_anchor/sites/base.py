@@ -35,9 +35,7 @@ class ModuleCall:
     @property
     def features(self) -> Tensor | None:
         """The first floating tensor among the inputs."""
-        return next(
-            (x for x in tensors_in((self.args, self.kwargs)) if x.is_floating_point()), None
-        )
+        return first_floating((self.args, self.kwargs))
 
     @property
     def output(self) -> Any:
@@ -128,6 +126,21 @@ class Site(ABC):
     def rescore(self, block: nn.Module, inputs: Any) -> Float[Tensor, "bag row instance"]:
         """The raw scores that a copy of the block gives on the inputs of a recorded attention."""
 
+    def instances(self, inputs: Any) -> Float[Tensor, "bag instance width"]:  # noqa: ARG002
+        """The features of the instances, as the block got them, of a recorded attention.
+
+        Args:
+            inputs: Those of the recorded attention.
+
+        Raises:
+            ValueError: The site does not tell them.
+        """
+        raise ValueError(
+            f"The features that the attention of '{self.path}' weighs must be known, but a "
+            f"{type(self).__name__} does not tell them. Name the block that gets them as its first "
+            "input with AttentionSite(block, tap=...), or override Site.instances."
+        )
+
     @property
     def n_class_tokens(self) -> int:
         """Keys in front of the instances that the model's softmax covers and the scores do not."""
@@ -170,7 +183,7 @@ class Site(ABC):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.default is dataclasses.MISSING:
-                parts.append(repr(value))
+                parts.append(str(value) if isinstance(value, Site) else repr(value))
             elif field.repr and value != field.default:
                 parts.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(parts)})"
@@ -247,6 +260,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors_in(item)
+
+
+def first_floating(value: Any) -> Tensor | None:
+    """The first floating tensor in nested tuples, lists and mappings."""
+    return next((tensor for tensor in tensors_in(value) if tensor.is_floating_point()), None)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

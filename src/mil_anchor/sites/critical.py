@@ -90,6 +90,11 @@ class CriticalInstanceSite(Site):
         instances, critical = inputs
         return self._products(block(instances), block(critical))
 
+    @override
+    def instances(self, inputs: Any) -> Float[Tensor, "bag instance width"]:
+        features, _ = inputs
+        return _batched(features)
+
     def _products(self, queries: Tensor, critical: Tensor) -> Float[Tensor, "bag row instance"]:
         queries, critical = _batched(queries), _batched(critical)
         scale = 1 / math.sqrt(queries.shape[-1]) if self.scale is None else self.scale

@@ -10,8 +10,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mil_anchor.sites.base import ModuleCall, RecordedAttention, Site, find_submodule, joined
-from mil_anchor.sites.layout import arrange, check_layout, fitting_layouts, tell_layout
+from mil_anchor.sites.base import (
+    ModuleCall,
+    RecordedAttention,
+    Site,
+    find_submodule,
+    first_floating,
+    joined,
+)
+from mil_anchor.sites.layout import (
+    arrange,
+    batched_features,
+    check_layout,
+    fitting_layouts,
+    tell_layout,
+)
 
 ACTIVATIONS = {
     "tanh": torch.tanh,
@@ -100,18 +113,22 @@ class GatedSite(Site):
 
     @override
     def read(self, calls: Sequence[ModuleCall], n_bags: int | None) -> list[RecordedAttention]:
-        return [
-            RecordedAttention(
-                self._scores(score.output, value.features, n_bags), None, (value.inputs(), n_bags)
-            )
-            for value, score in self._pairs(calls)
-        ]
+        read = []
+        for value, score in self._pairs(calls):
+            scores = self._scores(score.output, value.features, n_bags)
+            shape = (len(scores), scores.shape[-1])
+            read.append(RecordedAttention(scores, None, (value.inputs(), n_bags, shape)))
+        return read
 
     @override
     def rescore(self, block: nn.Module, inputs: Any) -> Float[Tensor, "bag row instance"]:
-        (args, kwargs), n_bags = inputs
-        features = ModuleCall("", block, args, kwargs, None).features
-        return self._scores(block(*args, **kwargs), features, n_bags)
+        (args, kwargs), n_bags, _ = inputs
+        return self._scores(block(*args, **kwargs), first_floating((args, kwargs)), n_bags)
+
+    @override
+    def instances(self, inputs: Any) -> Float[Tensor, "bag instance width"]:
+        given, _, shape = inputs
+        return batched_features(first_floating(given), shape, self.value)
 
     def _pairs(self, calls: Sequence[ModuleCall]) -> list[tuple[ModuleCall, ModuleCall]]:
         values = [call for call in calls if call.name == "value"]

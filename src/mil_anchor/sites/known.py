@@ -27,15 +27,20 @@ class Known(NamedTuple):
     note: str = ""
 
 
-def _baseline(name: str, block: str, layout: str, *, surrogate: bool = False) -> Known:
-    site = AttentionSite(block, layout=layout, surrogate=surrogate)
-    return Known(f"baselines.{name}", site, "mil_anchor")
+def _baseline(name: str, block: str, layout: str) -> Known:
+    return Known(f"baselines.{name}", AttentionSite(block, layout=layout), "mil_anchor")
 
 
 def _torchmil(name: str, site: Site, **more: str) -> Known:
     return Known(f"torchmil.models.{name}", site, "torchmil", **more)
 
 
+_OWN_TRANSMIL = AttentionSite(
+    "layers.-1.attention.query_key",
+    layout="b r n",
+    surrogate=True,
+    mixing="layers.-1.attention.mixing_row",
+)
 _POOL = AttentionSite("pool", tap="fc2", layout="b n r")
 _SM_POOL = AttentionSite("pool", tap="proj2", layout="b n r")
 _LATE_SM_POOL = AttentionSite("pool", tap="sm", layout="b n r")
@@ -52,8 +57,9 @@ KNOWN_MODELS = (
     _baseline("abmil.ABMIL", "attention", "b n r"),
     _baseline("clam.CLAMSB", "attention", "b n r"),
     _baseline("clam.CLAMMB", "attention", "b n r"),
-    _baseline("transmil.TransMIL", "layers.-1.attention.query_key", "b r n", surrogate=True),
+    Known("baselines.transmil.TransMIL", _OWN_TRANSMIL, "mil_anchor"),
     _baseline("dsmil.DSMIL", "attention", "b r n"),
+    _baseline("asmil.ASMIL", "attention", "b n r"),
     _torchmil("abmil.ABMIL", _POOL),
     _torchmil("clam.CLAM_SB", _POOL),
     _torchmil("transformer_abmil.TransformerABMIL", _POOL),

@@ -44,6 +44,39 @@ def arrange(
         ) from error
 
 
+def batched_features(
+    features: Tensor | None, shape: tuple[int, int], path: str, *, instances_first: bool = False
+) -> Float[Tensor, "bag instance width"]:
+    """The features that scores belong to, with a bag axis and without a class token in front.
+
+    Args:
+        features: What a block got: (bag, instance, width), (instance, width) or the bags one after
+            another; instances may have a class token in front.
+        shape: Numbers of bags and of instances that the scores have.
+        path: The block's name in messages.
+        instances_first: Whether the first two axes are (instance, bag).
+
+    Raises:
+        ValueError: The features do not fit the scores.
+    """
+    n_bags, n_instances = shape
+    if features is not None and features.ndim == 2 and len(features) == n_bags * n_instances:
+        if instances_first:
+            return features.reshape(n_instances, n_bags, -1).transpose(0, 1)
+        return features.reshape(n_bags, n_instances, -1)
+    if features is not None and features.ndim == 2 and n_bags == 1:
+        features = features.unsqueeze(0)
+    if features is not None and features.ndim == 3:
+        batched = features.transpose(0, 1) if instances_first else features
+        if len(batched) == n_bags and batched.shape[1] - n_instances in (0, 1):
+            return batched[:, batched.shape[1] - n_instances :]
+    raise ValueError(
+        f"The first input of '{path}' must be the features of the instances that it scores, "
+        f"{n_instances} in each of {n_bags} bags, but it is {describe(features)}. Name the block "
+        "that gets (bag, instance, width)."
+    )
+
+
 def tell_layout(scores: Tensor, features: Tensor | None, path: str) -> str:
     """The layout of scores, told from the features that they judge.
 

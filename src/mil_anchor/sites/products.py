@@ -20,7 +20,7 @@ from mil_anchor.sites.base import (
     find_submodule,
     joined,
 )
-from mil_anchor.sites.score import run_until
+from mil_anchor.sites.running import run_until
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,12 @@ class ClassTokenSite(Site):
         q, k, _ = block(features[:, tokens]).chunk(3, dim=-1)
         return self._row(q[:, :1], k[:, 1:])
 
+    @override
+    def instances(self, inputs: Any) -> Float[Tensor, "bag instance width"]:
+        (features, *_), tokens = inputs
+        instances: Tensor = features[:, tokens][:, 1:]
+        return instances
+
     def _row(
         self, query: Float[Tensor, "bag 1 width"], keys: Float[Tensor, "bag instance width"]
     ) -> Float[Tensor, "bag row instance"]:
@@ -205,24 +211,46 @@ class MultiheadSite(Site):
                 f"{len(attentions)} and {len(blocks)} times. Name the block that runs it."
             )
         return [
-            RecordedAttention(self._scores(attention), self._mask(attention), block.inputs())
+            RecordedAttention(
+                self._scores(attention),
+                self._mask(attention),
+                (*block.inputs(), bool(getattr(attention.module, "batch_first", False))),
+            )
             for attention, block in zip(attentions, blocks, strict=True)
         ]
 
     @override
     def rescore(self, block: nn.Module, inputs: Any) -> Float[Tensor, "bag row instance"]:
-        args, kwargs = inputs
+        args, kwargs, _ = inputs
         if not self.tap:
             return self._scores(ModuleCall("", block, args, kwargs, None))
-        attention = find_submodule(block, self.tap)
-        return self._scores(run_until(block, [attention], args, kwargs)[attention])
+        attention = {"attention": find_submodule(block, self.tap)}
+        (call,) = run_until(block, attention, args, kwargs, n_calls=1)
+        return self._scores(call)
+
+    @override
+    def instances(self, inputs: Any) -> Float[Tensor, "bag instance width"]:
+        """The keys, without that of a class token.
+
+        Raises:
+            ValueError: The block makes the keys itself.
+        """
+        if self.tap:
+            raise ValueError(
+                f"The features that '{self.block}' weighs must be its keys, but these are made "
+                f"inside it for '{self.tap}'. Name the attention itself, as in "
+                f"MultiheadSite('{joined(self.block, self.tap)}')."
+            )
+        args, kwargs, batch_first = inputs
+        _, keys = _queries_and_keys(args, kwargs, batch_first=batch_first)
+        return keys[:, 1:] if self.class_token else keys
 
     def _scores(self, call: ModuleCall) -> Float[Tensor, "bag row instance"]:
         attention = call.module
         if not isinstance(attention, nn.MultiheadAttention):
             raise TypeError(f"Expected an nn.MultiheadAttention, but got {describe(attention)}.")
-        given = dict(zip(("query", "key"), call.args, strict=False)) | call.kwargs
-        queries, keys = (_batch_first(given[name], attention) for name in ("query", "key"))
+        batch_first = bool(attention.batch_first)
+        queries, keys = _queries_and_keys(call.args, call.kwargs, batch_first=batch_first)
         if self.class_token:
             queries, keys = queries[:, :1], keys[:, 1:]
         if attention.in_proj_weight is None:
@@ -252,12 +280,22 @@ class MultiheadSite(Site):
         return mask[:, 1:] if self.class_token else mask
 
 
-def _batch_first(tokens: Tensor, attention: nn.MultiheadAttention) -> Tensor:
+def _queries_and_keys(
+    args: Any, kwargs: dict[str, Any], *, batch_first: bool
+) -> tuple[Tensor, Tensor]:
+    given = dict(zip(("query", "key"), args, strict=False)) | kwargs
+    return (
+        _as_batch(given["query"], batch_first=batch_first),
+        _as_batch(given["key"], batch_first=batch_first),
+    )
+
+
+def _as_batch(tokens: Tensor, *, batch_first: bool) -> Tensor:
     if tokens.is_nested:  # an nn.TransformerEncoder in evaluation leaves padding out
         return tokens.to_padded_tensor(0.0)
     if tokens.ndim == 2:
         return tokens.unsqueeze(0)
-    return tokens if attention.batch_first else tokens.transpose(0, 1)
+    return tokens if batch_first else tokens.transpose(0, 1)
 
 
 def _length(features: Tensor | None, axis: int) -> int:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,9 +19,17 @@ from mil_anchor.sites.base import (
     describe,
     find_submodule,
     find_submodules,
+    first_floating,
     joined,
 )
-from mil_anchor.sites.layout import arrange, check_layout, fitting_layouts, tell_layout
+from mil_anchor.sites.layout import (
+    arrange,
+    batched_features,
+    check_layout,
+    fitting_layouts,
+    tell_layout,
+)
+from mil_anchor.sites.running import run_until
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,9 @@ class AttentionSite(Site):
             padding there. Not needed where the batch has the mask of the whole bags.
         surrogate: The model never normalises these scores over the instances (an exact row of a
             Nystrom attention, say), so no softmax can prove them.
+        mixing: Path, below the model, of the submodule that puts out by which weights the model
+            mixes the instances instead, (bag, row, at least the instances), in evaluation. The
+            monitor compares the two.
 
     Raises:
         ValueError: The layout names an unknown axis, an axis twice, or no instance axis.
@@ -62,6 +73,7 @@ class AttentionSite(Site):
     scale: float | str = 1.0
     mask: str | None = None
     surrogate: bool = False
+    mixing: str = ""
 
     def __post_init__(self) -> None:
         if self.layout is not None:
@@ -94,7 +106,8 @@ class AttentionSite(Site):
         if isinstance(scale, str):
             divides, name = scale.startswith("1/"), scale.removeprefix("1/")
             scale = "1/" * divides + joined(prefix, name)
-        return replace(self, block=joined(prefix, self.block), scale=scale)
+        mixing = joined(prefix, self.mixing) if self.mixing else ""
+        return replace(self, block=joined(prefix, self.block), scale=scale, mixing=mixing)
 
     @override
     def bound(self, root: nn.Module) -> "AttentionSite":
@@ -142,24 +155,44 @@ class AttentionSite(Site):
         for call, outputs in self._outputs_of_blocks(calls):
             features = call.features
             scores = [self._scores(output, features, n_bags) for output in outputs]
-            part = (int(call.name), *call.inputs(), n_bags)
-            read = RecordedAttention(
-                torch.cat(scores, dim=1), self._mask_of(call, scores[0]), (part,)
-            )
+            rows = torch.cat(scores, dim=1)
+            part = _Part(int(call.name), *call.inputs(), n_bags, (len(rows), rows.shape[-1]))
+            read = RecordedAttention(rows, self._mask_of(call, rows), (part,))
             by_block.setdefault(call.name, []).append(read)
         return _as_rows(list(by_block.values()))
 
     @override
     def rescore(self, block: nn.Module, inputs: Any) -> Float[Tensor, "bag row instance"]:
         scores = []
-        for index, args, kwargs, n_bags in inputs:
+        for part in inputs:
             # A list is never a block itself: it cannot be called.
-            part = block[index] if isinstance(block, nn.ModuleList) else block
-            taps = [tap for _, tap in find_submodules(part, self.tap)]
-            calls = run_until(part, taps, args, kwargs)
-            features = ModuleCall("", part, args, kwargs, None).features
-            scores += [self._scores(calls[tap].output, features, n_bags) for tap in taps]
+            own = block[part.block] if isinstance(block, nn.ModuleList) else block
+            taps = {f"{row}": tap for row, (_, tap) in enumerate(find_submodules(own, self.tap))}
+            calls = run_until(own, taps, part.args, part.kwargs, n_calls=len(taps))
+            outputs = {call.name: call.output for call in calls}
+            scores += [self._scores(outputs[name], part.features, part.n_bags) for name in taps]
         return torch.cat(scores, dim=1)
+
+    @override
+    def instances(self, inputs: Any) -> Float[Tensor, "bag instance width"]:
+        """What the block got first; without the class token that a block may get with it.
+
+        Raises:
+            ValueError: The block got nothing of the shape (bag, instance, width), or several blocks
+                got features of their own.
+        """
+        axes = (self.layout or "").replace("(", "").replace(")", "").split()
+        instances_first = "b" in axes and axes.index("n") < axes.index("b")
+        features, *others = (
+            batched_features(part.features, part.shape, self.path, instances_first=instances_first)
+            for part in inputs
+        )
+        if not all(torch.equal(features, other) for other in others):
+            raise ValueError(
+                f"The attention blocks '{self.block}' must weigh the same features to be rows of "
+                "one attention, but each got its own. Name one of them."
+            )
+        return features
 
     def _outputs_of_blocks(self, calls: Sequence[ModuleCall]) -> list[tuple[ModuleCall, list[Any]]]:
         """The calls of blocks, each with what its taps have returned."""
@@ -248,37 +281,23 @@ def _as_rows(by_block: list[list[RecordedAttention]]) -> list[RecordedAttention]
     ]
 
 
+class _Part(NamedTuple):
+    """What one block got, and how many bags and instances it scored."""
+
+    block: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    n_bags: int | None
+    shape: tuple[int, int]
+
+    @property
+    def features(self) -> Tensor | None:
+        """The first floating tensor among the inputs."""
+        return first_floating((self.args, self.kwargs))
+
+
 def _row_of(name: str) -> int:
     return int(name.rpartition(" ")[2])
-
-
-class _HasRunError(Exception):
-    """All taps have run: what a block does with its scores is not wanted."""
-
-
-def run_until(
-    block: nn.Module, taps: Sequence[nn.Module], args: Any, kwargs: Any
-) -> dict[nn.Module, ModuleCall]:
-    """Run a block until each of its taps has run, and give their calls.
-
-    What comes after the scores (pooling, or samples drawn around them) costs time and may draw
-    random numbers.
-    """
-    calls: dict[nn.Module, ModuleCall] = {}
-
-    def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls[module] = ModuleCall("", module, args, kwargs, output)
-        if len(calls) == len(taps):
-            raise _HasRunError
-
-    handles = [tap.register_forward_hook(keep, with_kwargs=True) for tap in taps]
-    try:
-        with suppress(_HasRunError):
-            block(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
 
 
 def _number_of(root: nn.Module, path: str) -> float:
