@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from baselines.checks import check_bags, check_dropout, check_positive
+from baselines.normalization import normalized_scorer, scorer_inputs
 from baselines.output import MILOutput
 from baselines.pooling import attention_pool, mask_scores
 from baselines.scorer import GatedScorer, TanhScorer
@@ -27,9 +28,12 @@ class ABMIL(nn.Module):
         n_rows: Number of attention rows.
         gated: Whether the scorer is gated (eq. 9) or a plain tanh (eq. 8).
         dropout: Dropout after the projection.
+        normalization: How scores become attention: ``"softmax"``, ``"nsf"`` or ``"mixture"``; see
+            `normalized_scorer`.
 
     Raises:
-        ValueError: A count is not positive, or ``dropout`` lies outside [0, 1).
+        ValueError: A count is not positive, ``dropout`` lies outside [0, 1), or ``normalization``
+            is unknown.
 
     Example:
         >>> import torch
@@ -58,6 +62,7 @@ class ABMIL(nn.Module):
         n_rows: int = 1,
         gated: bool = True,
         dropout: float = 0.0,
+        normalization: str = "softmax",
     ) -> None:
         super().__init__()
         check_positive(
@@ -73,7 +78,10 @@ class ABMIL(nn.Module):
             nn.Linear(in_features, hidden), nn.ReLU(), nn.Dropout(dropout)
         )
         scorer = GatedScorer if gated else TanhScorer
-        self.attention = scorer(hidden, attention_width, n_rows)
+        self.normalization = normalization
+        self.attention = normalized_scorer(
+            scorer(hidden, attention_width, n_rows), normalization, rows_first=False
+        )
         self.head = nn.Linear(hidden, n_classes)
 
     def forward(
@@ -89,6 +97,7 @@ class ABMIL(nn.Module):
         """
         mask = check_bags("ABMIL", self.in_features, features, mask)
         instances = self.projection(features)
-        scores = mask_scores(rearrange(self.attention(instances), "b n r -> b r n"), mask)
+        scores = self.attention(*scorer_inputs(self.normalization, instances, mask=mask))
+        scores = mask_scores(rearrange(scores, "b n r -> b r n"), mask)
         pooled = attention_pool(scores, instances).mean(dim=1)
         return MILOutput(self.head(pooled), scores)

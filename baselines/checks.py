@@ -16,14 +16,24 @@ def check_positive(**counts: int) -> None:
             raise ValueError(f"{name} must be at least 1, but got {count}. Give a positive count.")
 
 
-def check_dropout(dropout: float) -> None:
+def check_dropout(rate: float, *, name: str = "dropout") -> None:
     """Demands that a dropout probability leaves something over.
 
     Raises:
         ValueError: The probability lies outside [0, 1).
     """
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), but got {dropout}. Use 0 to switch it off.")
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name} must lie in [0, 1), but got {rate}. Use 0 to switch it off.")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Demands one of the names that an argument knows.
+
+    Raises:
+        ValueError: The value is none of them.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, but got {value!r}.")
 
 
 def check_bags(

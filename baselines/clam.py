@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from baselines.checks import check_bags, check_dropout, check_positive
+from baselines.normalization import normalized_scorer, scorer_inputs
 from baselines.output import MILOutput
 from baselines.pooling import attention_pool, mask_scores
 from baselines.scorer import GatedScorer
@@ -27,6 +28,7 @@ class _CLAM(nn.Module):
         dropout: float = 0.25,
         k_sample: int = 8,
         subtyping: bool = False,
+        normalization: str = "softmax",
     ) -> None:
         super().__init__()
         check_positive(
@@ -45,7 +47,9 @@ class _CLAM(nn.Module):
             nn.Linear(in_features, hidden), nn.ReLU(), nn.Dropout(dropout)
         )
         n_rows = self._count_rows(n_classes)
-        self.attention = GatedScorer(hidden, attention_width, n_rows, dropout=dropout)
+        scorer = GatedScorer(hidden, attention_width, n_rows, dropout=dropout)
+        self.normalization = normalization
+        self.attention = normalized_scorer(scorer, normalization, rows_first=False)
         self.head = nn.Linear(hidden, n_classes)
         self.instance_classifiers = nn.ModuleList(nn.Linear(hidden, 2) for _ in range(n_classes))
 
@@ -71,7 +75,8 @@ class _CLAM(nn.Module):
         """
         mask = check_bags(type(self).__name__, self.in_features, features, mask)
         instances = self.projection(features)
-        scores = mask_scores(rearrange(self.attention(instances), "b n r -> b r n"), mask)
+        scores = self.attention(*scorer_inputs(self.normalization, instances, mask=mask))
+        scores = mask_scores(rearrange(scores, "b n r -> b r n"), mask)
         logits = self._classify(attention_pool(scores, instances))
         auxiliary_loss = None
         if label is not None:
@@ -131,9 +136,12 @@ class CLAMSB(_CLAM):
         k_sample: How many instances the instance loss takes from each end.
         subtyping: Whether the classes exclude each other, so that the instance loss of the other
             classes is added.
+        normalization: How scores become attention: ``"softmax"``, ``"nsf"`` or ``"mixture"``; see
+            `normalized_scorer`. All rank the instances of a row alike for the instance loss.
 
     Raises:
-        ValueError: A count is not positive, or ``dropout`` lies outside [0, 1).
+        ValueError: A count is not positive, ``dropout`` lies outside [0, 1), or ``normalization``
+            is unknown.
 
     Example:
         >>> import torch
@@ -184,9 +192,12 @@ class CLAMMB(_CLAM):
         k_sample: How many instances the instance loss takes from each end.
         subtyping: Whether the classes exclude each other, so that the instance loss of the other
             classes is added.
+        normalization: How scores become attention: ``"softmax"``, ``"nsf"`` or ``"mixture"``; see
+            `normalized_scorer`. All rank the instances of a row alike for the instance loss.
 
     Raises:
-        ValueError: A count is not positive, or ``dropout`` lies outside [0, 1).
+        ValueError: A count is not positive, ``dropout`` lies outside [0, 1), or ``normalization``
+            is unknown.
 
     Example:
         >>> import torch

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from baselines.checks import check_bags, check_positive
+from baselines.normalization import normalized_scorer, scorer_inputs
 from baselines.output import MILOutput
 from baselines.pooling import attention_pool, mask_scores
 
@@ -64,9 +65,11 @@ class DSMIL(nn.Module):
         in_features: Width of the instance features, which are used as they are.
         n_classes: Number of classes.
         attention_width: Width d of the queries.
+        normalization: How scores become attention: ``"softmax"``, ``"nsf"`` or ``"mixture"``; see
+            `normalized_scorer`.
 
     Raises:
-        ValueError: A count is not positive.
+        ValueError: A count is not positive, or ``normalization`` is unknown.
 
     Example:
         >>> import torch
@@ -87,14 +90,24 @@ class DSMIL(nn.Module):
     - batches and masks: a padded instance is never critical. Upstream takes one bag.
     """
 
-    def __init__(self, in_features: int, n_classes: int, *, attention_width: int = 128) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        n_classes: int,
+        *,
+        attention_width: int = 128,
+        normalization: str = "softmax",
+    ) -> None:
         super().__init__()
         check_positive(
             in_features=in_features, n_classes=n_classes, attention_width=attention_width
         )
         self.in_features = in_features
         self.instance_classifier = nn.Linear(in_features, n_classes)
-        self.attention = CriticalAttention(in_features, attention_width)
+        self.normalization = normalization
+        self.attention = normalized_scorer(
+            CriticalAttention(in_features, attention_width), normalization, rows_first=True
+        )
         self.head = nn.Conv1d(n_classes, n_classes, kernel_size=in_features)
 
     def forward(
@@ -114,7 +127,8 @@ class DSMIL(nn.Module):
         instance_logits = rearrange(self.instance_classifier(features), "b n c -> b c n")
         critical_logits, index = mask_scores(instance_logits, mask).max(dim=-1)
         critical = features.gather(1, index[..., None].expand(-1, -1, self.in_features))
-        scores = mask_scores(self.attention(features, critical), mask)
+        inputs = scorer_inputs(self.normalization, features, critical, mask=mask)
+        scores = mask_scores(self.attention(*inputs), mask)
         bag_logits = self.head(attention_pool(scores, features)).squeeze(-1)
         logits = bag_logits if self.training else (bag_logits + critical_logits) / 2
         auxiliary_loss = None

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.utils import parameters_to_vector
 
 from baselines.abmil import ABMIL
+from baselines.asmil import ASMIL
 from baselines.clam import CLAMMB, CLAMSB
 from baselines.dsmil import DSMIL
 from baselines.transmil import TransMIL
@@ -24,6 +24,10 @@ def _clam(model, dropout, **options):
     )
 
 
+def _asmil(drop_rate, **options):
+    return ASMIL(WIDTH, N_CLASSES, hidden=8, n_tokens=4, n_heads=2, drop_rate=drop_rate, **options)
+
+
 BUILDERS = {
     "abmil": lambda p: ABMIL(WIDTH, N_CLASSES, hidden=8, attention_width=4, n_rows=2, dropout=p),
     "abmil_tanh": lambda p: ABMIL(WIDTH, N_CLASSES, hidden=8, gated=False, dropout=p),
@@ -31,6 +35,8 @@ BUILDERS = {
     "clam_mb": lambda p: _clam(CLAMMB, p, subtyping=True),
     "transmil": lambda p: TransMIL(WIDTH, N_CLASSES, hidden=16, n_heads=4, dropout=p),
     "dsmil": lambda p: DSMIL(WIDTH, N_CLASSES, attention_width=4),
+    "asmil": _asmil,
+    "asmil_released": lambda p: _asmil(p, drop="count", token_blocks="per_token"),
 }
 BLOCKS = {"transmil": "layers.1.attention.query_key"}
 ROWS_FIRST = {"transmil", "dsmil"}
@@ -56,7 +62,7 @@ def gradient(model, loss):
     gradients = torch.autograd.grad(
         loss, list(model.parameters()), allow_unused=True, materialize_grads=True
     )
-    return parameters_to_vector(gradients)
+    return torch.cat([of_parameter.flatten() for of_parameter in gradients])
 
 
 @every_model
@@ -274,6 +280,9 @@ def test_baseline__dropout_out_of_range__is_refused(model, dropout):
         (TransMIL, "hidden"),
         (TransMIL, "n_heads"),
         (DSMIL, "attention_width"),
+        (ASMIL, "hidden"),
+        (ASMIL, "n_tokens"),
+        (ASMIL, "n_heads"),
     ],
 )
 def test_baseline__count_of_zero__is_refused(model, count):
@@ -281,7 +290,7 @@ def test_baseline__count_of_zero__is_refused(model, count):
         model(WIDTH, N_CLASSES, **{count: 0})
 
 
-@pytest.mark.parametrize("model", [ABMIL, CLAMSB, CLAMMB, TransMIL, DSMIL])
+@pytest.mark.parametrize("model", [ABMIL, CLAMSB, CLAMMB, TransMIL, DSMIL, ASMIL])
 def test_baseline__no_features_or_no_classes__is_refused(model):
     with pytest.raises(ValueError, match="in_features must be at least 1, but got 0"):
         model(0, N_CLASSES)
