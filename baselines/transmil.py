@@ -66,11 +66,30 @@ class QueryKey(nn.Module):
         return scores / math.sqrt(queries.shape[-1])
 
 
+class MixingRow(nn.Module):
+    """Owns nothing; tells a forward hook by which weights a Nystrom layer mixes its class token."""
+
+    def forward(
+        self,
+        to_landmarks: Float[Tensor, "bag head landmark"],
+        inverse: Float[Tensor, "bag head landmark landmark"],
+        from_landmarks: Float[Tensor, "bag head landmark token"],
+    ) -> Float[Tensor, "bag head token-1"]:
+        """Returns the class token's row of the product of the three, without the token itself.
+
+        It is no distribution: weights may be negative and need not sum to one.
+        """
+        row: Tensor = (to_landmarks[:, :, None] @ inverse) @ from_landmarks[..., 1:]
+        return row.squeeze(2)
+
+
 class NystromAttention(nn.Module):
     """Self-attention in linear time, with a depth-wise convolution of the values added.
 
     Landmarks are means of consecutive queries and keys. With Q, K, V per head, landmarks Q~, K~ and
     S the softmax of scaled products: ``S(Q K~^T) pinv(S(Q~ K~^T)) S(Q~ K^T) V + conv(V)``.
+    In evaluation mode the submodule ``mixing_row`` puts out the first row of what V is multiplied
+    by, (bag, head, token - 1), for whoever hooks it.
 
     Args:
         width: Width of the tokens.
@@ -87,6 +106,7 @@ class NystromAttention(nn.Module):
         self.n_heads = n_heads
         self.n_landmarks = width // 2
         self.query_key = QueryKey(width, n_heads)
+        self.mixing_row = MixingRow()
         self.to_v = nn.Linear(width, width, bias=False)
         self.residual = nn.Conv2d(
             n_heads,
@@ -114,6 +134,9 @@ class NystromAttention(nn.Module):
         between_landmarks = (landmark_queries @ landmark_keys.mT).softmax(dim=-1)
         from_landmarks = (landmark_queries @ keys.mT).softmax(dim=-1)
         inverse = pseudo_inverse(between_landmarks, _PINV_ITERATIONS)
+        if not self.training:
+            # The tokens stand behind the padding, the class token first of them.
+            self.mixing_row(to_landmarks[:, :, -n_tokens], inverse, from_landmarks[..., -n_tokens:])
         # From right to left: the tall factor meets a matrix as narrow as a head.
         mixed = to_landmarks @ (inverse @ (from_landmarks @ values)) + self.residual(values)
         output: Tensor = self.output(rearrange(mixed, "b h n d -> b n (h d)"))
@@ -167,7 +190,9 @@ class TransMIL(nn.Module):
 
     The attention block is the submodule ``layers.1.attention.query_key``: normalised tokens
     (1, 1 + instance, hidden) of one bag, class token first and no padding or repeats, to raw scores
-    (1, row, instance). It is called once per bag.
+    (1, row, instance). It is called once per bag. What the model really mixes with shows, in
+    evaluation mode, in the output of ``layers.1.attention.mixing_row``: (1, row, instance +
+    repeats).
 
     Args:
         in_features: Width of the instance features.

@@ -40,15 +40,15 @@ def naive_pseudo_inverses(matrices):
     return inverses
 
 
-def naive_nystrom(attention, tokens, n_heads):
-    """Nystrom attention of one bag, (token, width), head by head with explicit N x N matrices."""
+def naive_mixing(attention, tokens, n_heads):
+    """What the values of one bag are multiplied by, head by head, zeros in front included."""
     n_tokens, width = tokens.shape
     n_landmarks, d = width // 2, width // n_heads
     n_rows = math.ceil(n_tokens / n_landmarks) * n_landmarks
     tokens = torch.cat([tokens.new_zeros(n_rows - n_tokens, width), tokens])
-    query, key, value = (
+    query, key = (
         tokens @ projection.weight.T
-        for projection in (attention.query_key.to_q, attention.query_key.to_k, attention.to_v)
+        for projection in (attention.query_key.to_q, attention.query_key.to_k)
     )
     heads = [slice(h * d, (h + 1) * d) for h in range(n_heads)]
     queries, keys = [query[:, h] for h in heads], [key[:, h] for h in heads]
@@ -60,18 +60,30 @@ def naive_nystrom(attention, tokens, n_heads):
             for q, k in zip(landmark_queries, landmark_keys, strict=True)
         ]
     )
-    mixed = []
+    mixing = []
     for h in range(n_heads):
         to_landmarks = naive_softmax(queries[h] @ landmark_keys[h].T / math.sqrt(d))
         from_landmarks = naive_softmax(landmark_queries[h] @ keys[h].T / math.sqrt(d))
-        full = to_landmarks @ inverses[h] @ from_landmarks
+        mixing.append(to_landmarks @ inverses[h] @ from_landmarks)
+    return mixing
+
+
+def naive_nystrom(attention, tokens, n_heads):
+    """Nystrom attention of one bag, (token, width), head by head with explicit N x N matrices."""
+    (n_tokens, width), mixing = tokens.shape, naive_mixing(attention, tokens, n_heads)
+    n_rows, d = len(mixing[0]), width // n_heads
+    value = (
+        torch.cat([tokens.new_zeros(n_rows - n_tokens, width), tokens]) @ attention.to_v.weight.T
+    )
+    mixed = []
+    for h, full in enumerate(mixing):
         kernel = attention.residual.weight[h, 0, :, 0]
         convolution = torch.zeros(n_rows, n_rows, dtype=tokens.dtype)
         for i in range(n_rows):
             for j in range(n_rows):
                 if abs(i - j) <= 16:
                     convolution[i, j] = kernel[j - i + 16]
-        mixed.append((full + convolution) @ value[:, heads[h]])
+        mixed.append((full + convolution) @ value[:, h * d : (h + 1) * d])
     linear = attention.output[0]
     return (torch.cat(mixed, dim=1) @ linear.weight.T + linear.bias)[n_rows - n_tokens :]
 
@@ -130,6 +142,35 @@ def test_nystrom_attention__any_length__agrees_with_the_explicit_matrices(n_toke
     tokens = 3 * randn(1, n_tokens, 16)
 
     torch.testing.assert_close(attention(tokens)[0], naive_nystrom(attention, tokens[0], n_heads))
+
+
+@pytest.mark.parametrize("n_tokens", [2, 7, 8, 9, 40])
+def test_mixing_row__any_length__is_the_class_tokens_row_of_the_explicit_matrix(n_tokens):
+    torch.manual_seed(n_tokens)
+    attention = NystromAttention(16, 4, 0.0).double().eval()
+    tokens = 3 * randn(1, n_tokens, 16)
+    rows = []
+    attention.mixing_row.register_forward_hook(lambda module, args, row: rows.append(row))
+
+    attention(tokens)
+
+    expected = [
+        matrix[-n_tokens, 1 - n_tokens :] for matrix in naive_mixing(attention, tokens[0], 4)
+    ]
+    torch.testing.assert_close(rows, [torch.stack(expected)[None]])
+
+
+def test_mixing_row__training_mode__is_not_computed_and_changes_nothing():
+    torch.manual_seed(0)
+    attention = NystromAttention(16, 4, 0.0)
+    tokens, rows = torch.randn(2, 9, 16), []
+    attention.mixing_row.register_forward_hook(lambda module, args, row: rows.append(row))
+
+    trained = attention(tokens)
+    assert rows == []
+    assert torch.equal(trained, attention.eval()(tokens))
+    assert [row.shape for row in rows] == [(2, 4, 8)]
+    assert not any("mixing" in name for name in attention.state_dict())
 
 
 def test_nystrom_attention__as_many_landmarks_as_tokens__is_exact_attention():
