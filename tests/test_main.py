@@ -199,3 +199,17 @@ def test_synthesize__path_with_a_space__prints_a_command_that_a_shell_reads(tmp_
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert f"data.root={folder / 'features.h5'}" in command
     assert "data.classes=[negative,positive]" in command
+
+
+def test_figures__run_on_slides__draws_what_it_has_data_for(trained, tmp_path, capsys):
+    assert main(["figures", str(trained), "--out", str(tmp_path)]) == 0
+
+    drawn = {file.name for file in tmp_path.iterdir()}
+    assert drawn == {
+        f"{name}.{suffix}"
+        for name in ("jsd", "concentration", "targets")
+        for suffix in ("png", "svg")
+    }
+    said = capsys.readouterr().out
+    assert "No tsne: " in said
+    assert "bag_features=true" in said

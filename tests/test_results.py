@@ -6,7 +6,6 @@ from rich.console import Console
 
 from mil_anchor.__main__ import main
 from mil_anchor.callbacks.monitor import AttentionRow
-from mil_anchor.figures import jsd_figure
 from mil_anchor.results import (
     attention_summary,
     by_cell,
@@ -16,7 +15,7 @@ from mil_anchor.results import (
 )
 
 
-def _write_run(root, plugin, fold, f1, *, jsd=0.1):
+def _write_run(root, plugin, fold, f1, *, jsd=0.1, weights="online"):
     folder = root / plugin / f"fold={fold}"
     folder.mkdir(parents=True)
     metrics = {
@@ -29,10 +28,9 @@ def _write_run(root, plugin, fold, f1, *, jsd=0.1):
         "test/auroc": 0.5,
         "test/accuracy": 0.25,
         "attention/jsd": jsd,
+        "weights": weights,
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    rows = ["epoch,bag_id,jsd,entropy", "0,a,,0.5", f"1,a,{jsd},0.5", f"2,a,{jsd / 2},0.5"]
-    (folder / "attention.csv").write_text("\n".join(rows) + "\n")
 
 
 @pytest.fixture
@@ -79,18 +77,42 @@ def test_results__cells__are_sorted_with_none_first(root):
     assert [cell[2] for cell in by_cell(read_runs(root))] == ["none", "anchor_nsf"]
 
 
-def test_results__attention_summary__is_mean_jsd_and_last_entropy():
+def _row(epoch, bag_id, jsd=None, *, entropy=0.5, correlation=None, auroc=None):
+    return AttentionRow(epoch, bag_id, "online", jsd, correlation, entropy, 0.1, 0.2, auroc)
+
+
+def test_results__attention_summary__is_mean_jsd_and_the_other_measures_of_the_last_epoch():
     rows = [
-        AttentionRow(0, "a", None, 0.9),
-        AttentionRow(1, "a", 0.2, 0.6),
-        AttentionRow(1, "b", 0.4, 0.8),
+        _row(0, "a", entropy=0.9, auroc=0.1),
+        _row(1, "a", 0.2, entropy=0.6, correlation=0.5, auroc=0.7),
+        _row(1, "b", 0.4, entropy=0.8, correlation=0.7),
     ]
 
+    of_last = {"attention/top1pct": 0.1, "attention/top10": 0.2}
     assert attention_summary(rows) == pytest.approx(
-        {"attention/jsd": 0.3, "attention/entropy": 0.7}
+        {
+            "attention/jsd": 0.3,
+            "attention/jsd_last_third": 0.3,
+            "attention/rank_correlation": 0.6,
+            "attention/entropy": 0.7,
+            "attention/auroc": 0.7,
+            **of_last,
+        }
     )
-    assert attention_summary(rows[:1]) == {"attention/entropy": 0.9}
+    assert attention_summary(rows[:1]) == {
+        "attention/entropy": 0.9,
+        "attention/auroc": 0.1,
+        **of_last,
+    }
     assert attention_summary([]) == {}
+
+
+@pytest.mark.parametrize(("n_epochs", "first"), [(2, 1), (3, 2), (4, 2), (50, 33)])
+def test_results__last_third__is_rounded_up_to_whole_epochs(n_epochs, first):
+    rows = [_row(epoch, "a", epoch if epoch else None) for epoch in range(n_epochs)]
+
+    expected = sum(range(first, n_epochs)) / (n_epochs - first)
+    assert attention_summary(rows)["attention/jsd_last_third"] == pytest.approx(expected)
 
 
 def test_results__folder_without_runs__is_named(tmp_path):
@@ -98,29 +120,30 @@ def test_results__folder_without_runs__is_named(tmp_path):
         read_runs(tmp_path)
 
 
-def test_figures__jsd__draws_a_line_for_each_plugin(root, monkeypatch):
-    from matplotlib.figure import Figure
+def test_results__weights__say_what_the_runs_were_evaluated_with(tmp_path):
+    for fold, weights in enumerate(("slow", "online")):
+        _write_run(tmp_path, "anchor", fold, 0.5, weights=weights)
+    _write_run(tmp_path, "slow_anchor_nsf", 0, 0.5, weights="slow")
+    runs = read_runs(tmp_path)
 
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, file, dpi: drawn.append(self))
+    lines = results_markdown(runs).splitlines()
+    (mixed,), (alike,) = results_tables(runs), results_tables(runs[-1:])
 
-    jsd_figure(read_runs(root), root / "jsd.png")
+    assert [line.split(" | ")[-1] for line in (lines[0], *lines[2:])] == [
+        "weights |",
+        "online, slow |",
+        "slow |",
+    ]
+    assert list(mixed.columns[-1].cells) == ["online, slow", "slow"]
+    assert mixed.title == "musk1: mean±sd over n runs"
+    assert alike.title == "musk1: mean±sd over n runs, slow weights"
+    assert len(alike.columns) == len(mixed.columns) - 1
 
-    (axis,) = drawn[0].axes
-    lines = {line.get_label(): line for line in axis.lines}
-    assert list(lines) == ["none", "anchor_nsf"]
-    assert list(lines["anchor_nsf"].get_xdata()) == [1, 2]
-    assert list(lines["anchor_nsf"].get_ydata()) == pytest.approx([0.015, 0.0075])
-    assert axis.get_yscale() == "log"
-    assert "nats" in axis.get_ylabel()
 
-
-def test_command_line__report_and_figures__work_on_a_folder(root, capsys):
+def test_command_line__report__works_on_a_folder(root, capsys):
     assert main(["report", str(root)]) == 0
     assert "transmil" in capsys.readouterr().out
     assert (root / "results.md").read_text() == results_markdown(read_runs(root))
-    assert main(["figures", str(root)]) == 0
-    assert (root / "jsd.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_command_line__wrong_folder__says_so_and_exits_with_1(tmp_path, capsys):

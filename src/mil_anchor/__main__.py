@@ -1,6 +1,7 @@
 """Command line: python -m mil_anchor COMMAND ..."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from mil_anchor.data.split_files import write_split
 from mil_anchor.data.splits import split_by_parts, stratified_fold
 from mil_anchor.data.stores import open_store
 from mil_anchor.data.synthetic import MPP, PRESETS, SIZES, SyntheticCohort, write_cohort
-from mil_anchor.figures import jsd_figure
 from mil_anchor.inspection import inspect_model, load_model
 from mil_anchor.results import read_runs, results_markdown, results_tables
 
@@ -263,14 +263,32 @@ def _heatmap(chosen: argparse.Namespace) -> int:
 
 
 def _add_figures(commands: Any) -> None:
-    text = "write ROOT/jsd.png: how much attention moves from epoch to epoch"
+    text = (
+        "draw runs as PNG and SVG: how much attention moves by epoch (jsd), how concentrated it is "
+        "(concentration), bag features (tsne), histograms of targets (targets)"
+    )
     command = _command(commands, "figures", text, _figures)
-    command.add_argument("root", type=Path, help="folder with run folders, at any depth")
+    command.add_argument(
+        "runs",
+        metavar="RUN",
+        type=Path,
+        nargs="+",
+        help="run folder, or folder with run folders at any depth",
+    )
+    command.add_argument(
+        "--out", metavar="DIR", type=Path, help="default: the folder that holds all RUNs"
+    )
 
 
 def _figures(chosen: argparse.Namespace) -> int:
-    jsd_figure(read_runs(chosen.root), chosen.root / "jsd.png")
-    _say(f"Wrote {chosen.root / 'jsd.png'}")
+    from mil_anchor.figures import draw_figures  # needs matplotlib
+
+    runs = {run.folder.resolve(): run for root in chosen.runs for run in read_runs(root)}
+    roots = [root.resolve() for root in chosen.runs]
+    common = chosen.runs[0] if len(set(roots)) == 1 else Path(os.path.commonpath(roots))
+    drawn = draw_figures(list(runs.values()), chosen.out or common)
+    _say(*(f"Wrote {file}" for file in drawn.files))
+    _say(*(f"No {name}: {why}" for name, why in drawn.missing.items()))
     return 0
 
 
