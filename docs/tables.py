@@ -1,17 +1,24 @@
 """Writes the generated parts of the pages: run `python -m docs.tables` from the checkout."""
 
+import inspect
 import json
 import re
 from collections import Counter
 from pathlib import Path
 
+import hydra
+from omegaconf import OmegaConf
 from rich.console import Console
 
+from mil_anchor.experiment import plugin_parts
 from mil_anchor.sites.known import KNOWN_MODELS
+from mil_anchor.targets import as_target
+from tests.composing import ROOT, composed
 from tests.models.libraries import LIBRARIES
 from tests.models.traps import TRAPS
 
 PAGES = [Path(__file__).parent / name for name in ("your-model.md", "your-data.md")]
+PAGES.append(ROOT / "README.md")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -112,7 +119,35 @@ def memory() -> str:
     )
 
 
+def plugins() -> str:
+    """What each plug-in does, in the words of its file and of its classes' docstrings."""
+    rows, said = [], {}
+    for file in sorted((ROOT / "conf" / "plugin").glob("*.yaml")):
+        config = composed(f"plugin={file.stem}")
+        classes = []
+        for _, node in plugin_parts(config):
+            parts = [hydra.utils.get_object(node["_target_"])]
+            if "target" in node:
+                target = node["target"]
+                built = hydra.utils.instantiate(target) if OmegaConf.is_config(target) else target
+                parts.append(type(as_target(built)))
+            classes.append(" with ".join(f"`{part.__name__}`" for part in parts))
+            said |= {part.__name__: inspect.getdoc(part).splitlines()[0] for part in parts}
+        comment = next(line for line in file.read_text().splitlines() if "# " in line)
+        rows.append(f"| `{file.stem}` | {comment.partition('# ')[2]} | {' and '.join(classes)} |")
+    return "\n".join(
+        [
+            "| `plugin=` | what it is | made of |",
+            "|---|---|---|",
+            *rows,
+            "",
+            *(f"- `{name}`: {text}" for name, text in sorted(said.items())),
+        ]
+    )
+
+
 PARTS = {
+    "plugins": plugins,
     "share": share,
     "cost": cost,
     "supported": supported,

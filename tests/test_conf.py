@@ -1,3 +1,4 @@
+import copy
 import inspect
 from pathlib import Path
 
@@ -8,16 +9,19 @@ import pytest
 import torch
 import yaml
 from hydra.errors import ConfigCompositionException, MissingConfigException
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
 
 from mil_anchor import AnchorCallback
-from mil_anchor.experiment import check_arguments
+from mil_anchor.data.bags import Bag, collate_bags
+from mil_anchor.experiment import check_arguments, plugin_parts
 from mil_anchor.run_folder import folder_name
 from tests.composing import ROOT, composed
 
 CONF = ROOT / "conf"
 BASES = {"data/classic"}  # what other files build on; it names no data set
+TWO = {"slow_anchor", "slow_anchor_nsf", "slow_aem", "anchor_nsf_aem"}
 
 
 def _options(group):
@@ -37,21 +41,46 @@ def test_conf__every_model__is_built_and_run(name):
     assert model(torch.randn(1, 5, 7)).logits.shape == expected
 
 
-@pytest.mark.parametrize("name", _options("plugin"))
-def test_conf__every_plugin__is_built(name):
-    config = composed(f"plugin={name}")
+def _train_a_step(config):
+    """Train the configured model with its plug-in on one bag, and validate."""
     check_arguments(config)
+    callbacks = [hydra.utils.instantiate(node) for _, node in plugin_parts(config)]
+    model = hydra.utils.instantiate(config.model, in_features=7, n_classes=2)
+    module = hydra.utils.instantiate(config.module, model=model, n_classes=2)
+    torch.manual_seed(0)
+    bags = [
+        collate_bags([Bag(torch.randn(5, 7), label, bag_id=f"bag {label}")]) for label in (0, 1)
+    ]
+    loaders = [DataLoader(bags, batch_size=None, shuffle=False) for _ in range(2)]
+    trainer = Trainer(
+        callbacks=callbacks,
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    before = copy.deepcopy(model.state_dict())
+    trainer.fit(module, *loaders)
+    trained = model.state_dict()
+    assert any((before[key] != trained[key]).any() for key in before)
+    return callbacks
 
-    plugin = hydra.utils.instantiate(config.plugin)
 
-    assert name == "none" or isinstance(plugin, Callback)
+@pytest.mark.parametrize("name", _options("plugin"))
+def test_conf__every_plugin__trains_a_step(name):
+    callbacks = _train_a_step(composed(f"plugin={name}", "hidden=16"))
+
+    assert len(callbacks) == (0 if name == "none" else 2 if name in TWO else 1)
+    assert all(isinstance(callback, Callback) for callback in callbacks)
 
 
 def test_conf__plugins__have_the_defaults_that_the_evidence_supports():
     nsf, softmax = composed("plugin=anchor_nsf").plugin, composed("plugin=anchor").plugin
 
-    assert (nsf.target, nsf.weight, nsf.decay) == ("nsf", 0.01, 0.999)
-    assert (softmax.target, softmax.weight, softmax.decay) == ("softmax", 0.3, 0.999)
+    assert (nsf.target, nsf.weight, nsf.decay) == ("nsf", 0.03, 0.999)
+    assert (softmax.target, softmax.weight, softmax.decay) == ("softmax", 0.1, 0.999)
     # The callback itself has the values of plugin=anchor_nsf.
     defaults = inspect.signature(AnchorCallback).parameters
     assert all(defaults[key].default == nsf[key] for key in nsf if key != "_target_")
@@ -140,12 +169,27 @@ def test_conf__cpu_trainer_and_logger__are_built(tmp_path):
     assert Path(trainer.log_dir) == tmp_path / "logs" / "version_0"
 
 
-@pytest.mark.parametrize("name", _options("experiment"))
-def test_conf__every_experiment__composes_and_says_what_it_asks(name):
-    file = CONF / "experiment" / f"{name}.yaml"
-    question = file.read_text().splitlines()[1]
+def _jobs(group, name):
+    """Overrides of the jobs that a prepared sweep makes: of every value one at least."""
+    file = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+    params = file.get("hydra", {}).get("sweeper", {}).get("params", {})
+    values = [
+        [f"{key}={value}" for value in str(values).split(",")] for key, values in params.items()
+    ]
+    for index in range(max(map(len, values), default=1)):
+        yield [own[index % len(own)] for own in values]
 
-    check_arguments(composed(f"+experiment={name}"))
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [(group, name) for group in ("experiment", "sweep") for name in _options(group)],
+)
+def test_conf__every_prepared_sweep__trains_a_step_of_each_job_and_says_what_it_asks(group, name):
+    question = (CONF / group / f"{name}.yaml").read_text().splitlines()[1]
+
+    composed(f"+{group}={name}")  # what Hydra does before the first job
+    for job in _jobs(group, name):
+        _train_a_step(composed(f"+{group}={name}", *job, "hidden=16"))
 
     assert question.startswith("# ")
     assert question.endswith("?")
@@ -153,7 +197,7 @@ def test_conf__every_experiment__composes_and_says_what_it_asks(name):
 
 def test_conf__every_file__is_reached_by_these_tests():
     groups = {file.parent.name for file in CONF.rglob("*.yaml")} - {"conf"}
-    assert groups == {"model", "plugin", "data", "trainer", "logger", "experiment"}
+    assert groups == {"model", "plugin", "data", "trainer", "logger", "experiment", "sweep"}
 
 
 @pytest.mark.parametrize(

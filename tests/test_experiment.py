@@ -60,7 +60,7 @@ def test_run__complete__writes_the_whole_run_folder(tmp_path):
     assert torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
 
 
-@pytest.mark.parametrize("model", ["abmil", "clam_sb", "transmil", "dsmil"])
+@pytest.mark.parametrize("model", ["abmil", "clam_sb", "transmil", "dsmil", "asmil"])
 def test_run__same_command_twice__gives_the_same_result_but_for_times(tmp_path, model):
     results = [
         _run(tmp_path / name, f"model={model}", "plugin=anchor_nsf", "hidden=16")

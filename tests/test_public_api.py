@@ -9,10 +9,21 @@ import mil_anchor
 from tests.composing import ROOT
 
 SOURCE = ROOT / "src" / "mil_anchor"
+FLOOR = tuple(
+    f"mil_anchor.{name}"
+    for name in ("anchor", "attention", "matching", "ranks", "schedules", "sites", "targets")
+)
 NUMERICS = (
     "attention.py",
     "anchor.py",
-    *(f"sites/{file.name}" for file in (SOURCE / "sites").glob("*.py")),
+    "matching.py",
+    "ranks.py",
+    "schedules.py",
+    *(
+        f"{room}/{file.name}"
+        for room in ("sites", "targets")
+        for file in (SOURCE / room).glob("*.py")
+    ),
 )
 
 
@@ -46,19 +57,13 @@ def test_floors__numerics__import_neither_lightning_nor_anything_above(name):
 def test_floors__numerics__do_not_import_the_plugins(name):
     own = {module for module in _imports(SOURCE / name) if module.startswith("mil_anchor")}
 
-    assert all(module.startswith("mil_anchor.sites") for module in own)
+    assert all(module.startswith(FLOOR) for module in own)
 
 
 def test_floors__plugins__do_not_import_the_experiment():
     for file in (SOURCE / "callbacks").glob("*.py"):
         own = {module for module in _imports(file) if module.startswith("mil_anchor")}
-        allowed = (
-            "mil_anchor.callbacks",
-            "mil_anchor.attention",
-            "mil_anchor.anchor",
-            "mil_anchor.sites",
-        )
-        assert all(module.startswith(allowed) for module in own), file
+        assert all(module.startswith(("mil_anchor.callbacks", *FLOOR)) for module in own), file
 
 
 def test_floors__baselines__are_plain_torch():

@@ -18,6 +18,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProg
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from mil_anchor.callbacks.bag_features import FEATURES_FOLDER, BagFeatures
+from mil_anchor.callbacks.evaluated import evaluated_weights
 from mil_anchor.callbacks.monitor import AttentionMonitor, read_attention
 from mil_anchor.callbacks.random_state import RandomState
 from mil_anchor.data.bags import BagSequence
@@ -63,6 +65,7 @@ class Config:
     threads: int | None = None
     early_stopping: int | None = None
     maps: int = MISSING
+    bag_features: bool = MISSING
 
 
 def _log_to_hydra() -> None:
@@ -104,6 +107,8 @@ def run(config: DictConfig) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     maps = MapRecorder(_site(config), path=folder / MAPS_FILE)
     callbacks = [*plugins, _monitor(config, folder), maps, *_fixed_callbacks(config)]
+    if config.bag_features:
+        callbacks.append(BagFeatures(path=folder / FEATURES_FOLDER))
     timer = Timer()
     best = ModelCheckpoint(
         folder / "checkpoints",
@@ -152,6 +157,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         "fold": config.data.fold,
         # What is not defined, such as the AUROC of one class, is left out: JSON has no NaN.
         **{key: value for key, value in evaluated.items() if value == value},
+        "weights": evaluated_weights(trainer),
         "best_epoch": torch.load(best.best_model_path, weights_only=True)["epoch"],
         "time/fit_s": fit_s,
         "time/epoch_s": fit_s / max(1, trainer.current_epoch),
@@ -209,15 +215,25 @@ def check_arguments(config: DictConfig) -> None:
 
 
 def _groups(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
-    """The parts that are built; ``plugin=none`` is empty and is not."""
-    for name in ("model", "plugin", "data", "module", "trainer", "logger"):
+    """The parts that are built."""
+    yield from plugin_parts(config)
+    for name in ("model", "data", "module", "trainer", "logger"):
         node = config._get_node(name)
-        if isinstance(node, DictConfig) and (node or name != "plugin"):
+        if isinstance(node, DictConfig):
             yield name, node
 
 
+def plugin_parts(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
+    """The callbacks of a plug-in: none, one, or several whose others stand below ``also``."""
+    own = {key: config.plugin._get_node(key) for key in config.plugin if key != "also"}
+    if own:
+        yield "plugin", OmegaConf.create(own, parent=config)
+    for name, node in config.plugin.get("also", {}).items():
+        yield f"plugin.also.{name}", node
+
+
 def _plugins(config: DictConfig) -> list[Callback]:
-    return [hydra.utils.instantiate(config.plugin)] if config.plugin else []
+    return [hydra.utils.instantiate(node) for _, node in plugin_parts(config)]
 
 
 def _site(config: DictConfig) -> Any:

@@ -35,7 +35,7 @@ _FILES = (
     MAPS_FILE,
     "localization.csv",
 )
-_FOLDERS = ("checkpoints", "logs", "heatmaps")
+_FOLDERS = ("checkpoints", "logs", "heatmaps", "bag_features")
 
 
 def folder_name(names: DictConfig, seed: int, fold: int, overrides: str) -> str:

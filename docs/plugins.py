@@ -1,0 +1,324 @@
+"""Measures the runs behind plugins.md, and writes its tables.
+
+`python -m docs.plugins ROOT` reads the complete runs below ROOT/table, ROOT/seeds, ROOT/choice and
+ROOT/scope, which the commands on the page make, and writes plugins.json; without ROOT, the page
+alone is written anew from plugins.json.
+"""
+
+import argparse
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import OmegaConf
+from rich.progress import track
+from scipy.stats import t as student
+
+from mil_anchor.results import Run, read_runs
+
+PAGE = Path(__file__).parent / "plugins.md"
+PAGES = (PAGE, Path(__file__).parents[1] / "README.md")
+MEASURED = PAGE.with_suffix(".json")
+SETS = ("table", "seeds", "choice", "scope")
+
+Row = dict[str, Any]
+
+# Settings of a plug-in that the runs vary, and what they are where the plug-in has no such key.
+_SETTINGS = {
+    "weight": None,
+    "decay": None,
+    "warmup": False,
+    "schedule": "constant",
+    "scope": "block",
+}
+_METRICS = {
+    "f1": "test/f1",
+    "auroc": "test/auroc",
+    "val_f1": "val/f1",
+    "val_auroc": "val/auroc",
+    "val_loss": "val/loss",
+    "tile_auroc": "localization/auroc",
+    "tile_ap": "localization/average_precision",
+    "fit_s": "time/fit_s",
+}
+
+
+class Column(NamedTuple):
+    """A column of a table: its title, what it shows, digits and factor."""
+
+    title: str
+    key: str
+    digits: int
+    factor: float = 1
+
+
+MAIN = (
+    Column("F1", "f1", 2),
+    Column("AUROC", "auroc", 2),
+    Column("JSD·1000", "jsd", 2, 1000),
+    Column("entropy", "entropy", 2),
+    Column("tile AUROC", "tile_auroc", 2),
+)
+
+
+def measure_run(run: Run, kind: str) -> Row:
+    """One row of plugins.json."""
+    config = OmegaConf.load(run.folder / "config.yaml")
+    plugin = config.plugin
+    settings = {
+        key: OmegaConf.to_container(plugin[key]) if OmegaConf.is_config(plugin.get(key)) else value
+        for key, default in _SETTINGS.items()
+        for value in [plugin.get(key, default)]
+    }
+    names = {key: run.metrics[key] for key in ("data", "model", "plugin", "seed", "fold")}
+    metrics = {key: run.metrics[name] for key, name in _METRICS.items() if name in run.metrics}
+    return {"set": kind, **names, **settings, **metrics, **_attention(run.folder)}
+
+
+def _attention(folder: Path) -> Row:
+    """JSD over the last third of the epochs, and concentration in the last one."""
+    with (folder / "attention.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    n_epochs = 1 + max(int(row["epoch"]) for row in rows)
+    late = [float(row["jsd"]) for row in rows if int(row["epoch"]) >= n_epochs * 2 / 3]
+    last = [row for row in rows if int(row["epoch"]) == n_epochs - 1]
+    return {"jsd": fmean(late), "entropy": fmean(float(row["entropy"]) for row in last)}
+
+
+def paired(rows: Iterable[Row], base: Iterable[Row], key: str) -> list[float]:
+    """Differences to the runs of the same model, data, seed and fold."""
+    known = {_pair(row): row[key] for row in base if key in row}
+    return [row[key] - known[_pair(row)] for row in rows if key in row and _pair(row) in known]
+
+
+def _pair(row: Row) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("data", "model", "seed", "fold"))
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and the 95 % interval of Student's t around it."""
+    mean = fmean(differences)
+    if len(differences) < 2:
+        return mean, -math.inf, math.inf
+    half = student.ppf(0.975, len(differences) - 1) * stdev(differences) / len(differences) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def by_slides(
+    differences: Callable[[Sequence[Row]], list[float]], rows: Sequence[Row]
+) -> list[float]:
+    """One mean for each data set and seed: models that share slides are no cases of their own."""
+    clusters: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        clusters.setdefault((row["data"], row["seed"]), []).append(row)
+    means = [differences(cluster) for cluster in clusters.values()]
+    return [fmean(values) for values in means if values]
+
+
+def each(measured: Row) -> str:
+    """Every model, plug-in and data set."""
+    rows = _of(measured, "table")
+    lines = []
+    for data in _values(rows, "data"):
+        of_data = [row for row in rows if row["data"] == data]
+        n_seeds = len(_values(of_data, "seed"))
+        columns = [column for column in MAIN if any(column.key in row for row in of_data)]
+        lines += [
+            f"`{data}`, mean±sd over {n_seeds} seeds; differences to `none`, paired by seed, with "
+            "their 95 % interval:"
+        ]
+        titles = ["model", "plug-in", *(c.title for c in columns), "ΔF1", "ΔAUROC"]
+        lines += ["", _cells(titles), _rule(2, len(titles) - 2)]
+        for model in _values(of_data, "model"):
+            of_model = [row for row in of_data if row["model"] == model]
+            base = [row for row in of_model if row["plugin"] == "none"]
+            for plugin in _values(of_model, "plugin"):
+                own = [row for row in of_model if row["plugin"] == plugin]
+                differences = (
+                    "" if plugin == "none" else _interval(paired(own, base, key))
+                    for key in ("f1", "auroc")
+                )
+                lines.append(
+                    _cells(
+                        [model, f"`{plugin}`", *(_mean_sd(own, c) for c in columns), *differences]
+                    )
+                )
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def overall(measured: Row) -> str:
+    """Each plug-in over all models and data sets."""
+    rows = _of(measured, "table")
+    base = [row for row in rows if row["plugin"] == "none"]
+    titles = ["plug-in", "ΔF1", "ΔAUROC", "Δtile AUROC", "JSD", "entropy"]
+    lines = [_cells(titles), _rule(1, len(titles) - 1)]
+    for plugin in _values(rows, "plugin"):
+        own = [row for row in rows if row["plugin"] == plugin]
+        cells = ["", "", "", "1"] if plugin == "none" else _against(own, base)
+        lines.append(_cells([f"`{plugin}`", *cells, _entropy(own)]))
+    return "\n".join(lines)
+
+
+def seeds(measured: Row) -> str:
+    """What a seed alone does, without any plug-in."""
+    rows = _of(measured, "seeds")
+    titles = ["data", "model", "F1", "lowest to highest", "AUROC", "JSD·1000", "entropy"]
+    lines = [_cells(titles), _rule(2, len(titles) - 2)]
+    for data in _values(rows, "data"):
+        for model in _values(rows, "model"):
+            own = [row for row in rows if (row["data"], row["model"]) == (data, model)]
+            f1 = [row["f1"] for row in own]
+            cells = [_mean_sd(own, column) for column in MAIN[:4]]
+            lines.append(
+                _cells(
+                    [f"`{data}`", model, cells[0], f"{min(f1):.2f} to {max(f1):.2f}", *cells[1:]]
+                )
+            )
+    return "\n".join(lines)
+
+
+def choice(measured: Row) -> str:
+    """Settings of the anchor, judged on validation."""
+    rows = _of(measured, "choice")
+    base = [row for row in _of(measured, "table") if row["plugin"] == "none"]
+    titles = ["target", "weight", "decay", "schedule", "Δ(AUROC + F1)/2", "Δloss", "JSD", "entropy"]
+    lines = [_cells(titles), _rule(1, len(titles) - 1)]
+    for setting in sorted({_setting(row) for row in rows}, key=str):
+        own = [row for row in rows if _setting(row) == setting]
+        score = by_slides(
+            lambda part: [
+                (f1 + auroc) / 2
+                for f1, auroc in zip(
+                    paired(part, base, "val_f1"), paired(part, base, "val_auroc"), strict=True
+                )
+            ],
+            own,
+        )
+        loss = by_slides(lambda part: paired(part, base, "val_loss"), own)
+        plugin, weight, decay, schedule = setting
+        cells = [f"`{plugin}`", f"{weight:g}", decay, schedule, _interval(score)]
+        lines.append(_cells([*cells, _interval(loss), _ratio(own, base), _entropy(own)]))
+    return "\n".join(lines)
+
+
+def scope(measured: Row) -> str:
+    """The block alone against encoder and block."""
+    rows = [*_of(measured, "scope"), *_of(measured, "table")]
+    base = [row for row in rows if row["plugin"] == "none"]
+    plugins = _values(_of(measured, "scope"), "plugin")
+    titles = ["plug-in", "scope", "model", "ΔF1", "ΔAUROC", "Δtile AUROC", "JSD", "entropy"]
+    lines = [_cells(titles), _rule(3, len(titles) - 3)]
+    for plugin in plugins:
+        for kind in ("block", "encoder"):
+            for model in [*_values(rows, "model"), "all"]:
+                own = [
+                    row
+                    for row in rows
+                    if (row["plugin"], row["scope"]) == (plugin, kind)
+                    and model in (row["model"], "all")
+                ]
+                cells = [*_against(own, base), _entropy(own)]
+                lines.append(_cells([f"`{plugin}`", kind, model, *cells]))
+    return "\n".join(lines)
+
+
+PARTS = {"overall": overall, "each": each, "seeds": seeds, "choice": choice, "scope": scope}
+
+
+def page(text: str, measured: Row) -> str:
+    """The page with its generated parts."""
+    for name, part in PARTS.items():
+        if f"<!-- {name} -->" in text:
+            pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+            new = part(measured)
+            text = re.sub(
+                pattern, lambda m, new=new: f"{m[1]}{new}\n{m[2]}", text, count=1, flags=re.DOTALL
+            )
+    return text
+
+
+def main() -> None:
+    """Measure, if there is a folder of runs, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("root", type=Path, nargs="?", help="folder with the folders of the runs")
+    root = parser.parse_args().root
+    if root is not None:
+        rows = [
+            measure_run(run, kind)
+            for kind in SETS
+            for run in track(read_runs(root / kind), f"reading {kind}")
+        ]
+        measured = {"torch": torch.__version__, "runs": rows}
+        # A row is a line, so that a change of one run is a change of one line.
+        text = json.dumps(measured, separators=(",", ":")).replace("},{", "},\n{")
+        MEASURED.write_text(f"{text}\n")
+    measured = json.loads(MEASURED.read_text())
+    for file in PAGES:
+        file.write_text(page(file.read_text(), measured))
+
+
+def _of(measured: Row, kind: str) -> list[Row]:
+    rows: list[Row] = [row for row in measured["runs"] if row["set"] == kind]
+    return sorted(rows, key=lambda row: (row["data"], row["model"], row["plugin"] != "none"))
+
+
+def _values(rows: Iterable[Row], key: str) -> list[Any]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _setting(row: Row) -> tuple[str, float, str, str]:
+    schedule = row["schedule"]
+    name = schedule if isinstance(schedule, str) else schedule["_target_"].rpartition(".")[2]
+    decay = f"{row['decay']:g}{', warmed up' * row['warmup']}"
+    return row["plugin"], float(row["weight"]), decay, name
+
+
+def _against(own: Sequence[Row], base: Sequence[Row]) -> list[str]:
+    differences = [
+        by_slides(lambda part, key=key: paired(part, base, key), own)
+        for key in ("f1", "auroc", "tile_auroc")
+    ]
+    return [*(_interval(values) if values else "" for values in differences), _ratio(own, base)]
+
+
+def _ratio(own: Sequence[Row], base: Sequence[Row]) -> str:
+    """Geometric mean of the JSD's ratio to the same run without a plug-in."""
+    known = {_pair(row): row["jsd"] for row in base}
+    logs = [math.log(row["jsd"] / known[_pair(row)]) for row in own]
+    return f"x {math.exp(fmean(logs)):.2f}"
+
+
+def _entropy(rows: Sequence[Row]) -> str:
+    return f"{fmean(row['entropy'] for row in rows):.2f}"
+
+
+def _interval(values: Sequence[float]) -> str:
+    mean, low, high = interval(values)
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def _mean_sd(rows: Sequence[Row], column: Column) -> str:
+    values = [column.factor * row[column.key] for row in rows if column.key in row]
+    if not values:
+        return ""
+    spread = f"±{stdev(values):.{column.digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{column.digits}f}{spread}"
+
+
+def _cells(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _rule(n_left: int, n_right: int) -> str:
+    return "|" + "---|" * n_left + "---:|" * n_right
+
+
+if __name__ == "__main__":
+    main()
