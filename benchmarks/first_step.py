@@ -8,19 +8,19 @@ Process CPU time of one thread; minima over rounds. Run: python -m benchmarks.fi
 import argparse
 import json
 import logging
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from benchmarks.fitting import step_seconds
 from mil_anchor import AnchorCallback, AttentionSite
 from mil_anchor.callbacks.patch import TrainingPatch
 
@@ -46,22 +46,6 @@ class Bags(LightningModule):
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=1e-4)
-
-
-class Clock(Callback):
-    """CPU seconds of each step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._start = 0.0
-
-    @override
-    def on_train_batch_start(self, *_: Any) -> None:
-        self._start = time.process_time()
-
-    @override
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.seconds.append(time.process_time() - self._start)
 
 
 class Unwatched(AnchorCallback):
@@ -100,20 +84,9 @@ def main() -> None:
     later: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for index in range(chosen.rounds):
         for name in list(VARIANTS)[:: 1 if index % 2 else -1]:
-            clock = Clock()
-            torch.manual_seed(0)
-            trainer = Trainer(
-                max_epochs=1,
-                accelerator="cpu",
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                callbacks=[*VARIANTS[name](), clock],
-            )
-            trainer.fit(Bags(chosen.width), loader)
-            first[name].append(clock.seconds[0])
-            later[name].append(min(clock.seconds[2:]))
+            seconds = step_seconds(Bags(chosen.width), loader, VARIANTS[name]())
+            first[name].append(seconds[0])
+            later[name].append(min(seconds[2:]))
     _print(first, later, chosen)
 
 

@@ -8,7 +8,6 @@ ones, over rounds the minimum. Run: python -m benchmarks.scope
 import argparse
 import json
 import logging
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -16,18 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
-from typing_extensions import override
 
 from baselines.abmil import ABMIL
 from baselines.asmil import ASMIL
 from baselines.clam import CLAMMB, CLAMSB
 from baselines.dsmil import DSMIL
 from baselines.transmil import TransMIL
+from benchmarks.fitting import step_seconds
 from mil_anchor import AnchorCallback
 from mil_anchor.data.bags import Bag, collate_bags
 from mil_anchor.module import MILModule
@@ -44,22 +42,6 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
 SCOPES = {"bare": None, "block": "block", "encoder": "encoder", "bare again": None}
 # The first steps find and prove the attention.
 N_FIRST = 3
-
-
-class Clock(Callback):
-    """CPU seconds of each step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._start = 0.0
-
-    @override
-    def on_train_batch_start(self, *_: Any) -> None:
-        self._start = time.process_time()
-
-    @override
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.seconds.append(time.process_time() - self._start)
 
 
 def main() -> None:
@@ -102,20 +84,11 @@ def _time(make: Callable[[], nn.Module], loader: Any, n_rounds: int) -> dict[str
     n_mirrored: dict[str, int] = {}
     for index in range(n_rounds):
         for name in list(SCOPES)[:: -1 if index % 2 else 1]:
-            torch.manual_seed(0)
-            scope, clock = SCOPES[name], Clock()
+            scope = SCOPES[name]
             plugin = [] if scope is None else [AnchorCallback(scope=scope)]
-            trainer = Trainer(
-                max_epochs=1,
-                accelerator="cpu",
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                callbacks=[*plugin, clock],
-            )
-            trainer.fit(MILModule(make(), n_classes=2), loader)
-            seconds[name].append(min(clock.seconds[N_FIRST:]))
+            torch.manual_seed(0)
+            module = MILModule(make(), n_classes=2)
+            seconds[name].append(min(step_seconds(module, loader, plugin)[N_FIRST:]))
             for callback in plugin:
                 mirrored = callback.anchor.block.parameters()
                 n_mirrored[name] = sum(parameter.numel() for parameter in mirrored)

@@ -11,10 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from mil_anchor.callbacks.processes import refuse_sharding
 from mil_anchor.sites.base import map_tensors
 
-# By name, since the package pytorch_lightning has classes of its own.
-_SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 _LIGHTNINGS_OWN = "WeightAveraging"
 
 
@@ -190,15 +189,6 @@ def evaluated_weights(trainer: Trainer) -> str:
     if any(_is_lightnings_own(callback) for callback in callbacks):
         names.add("slow")
     return "+".join(sorted(names - {"online"})) or "online"
-
-
-def refuse_sharding(trainer: Trainer, who: str) -> None:
-    """Raise a MisconfigurationException where no process holds whole parameters."""
-    if {cls.__name__ for cls in type(trainer.strategy).__mro__} & _SHARDED:
-        raise MisconfigurationException(
-            f"{who} needs whole parameters on every device, but {type(trainer.strategy).__name__} "
-            "shards them. Use strategy='ddp'."
-        )
 
 
 def _refuse_second_answer(trainer: Trainer, callback: EvaluatedWeights) -> None:

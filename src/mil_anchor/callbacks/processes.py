@@ -1,4 +1,4 @@
-"""What the processes of a distributed run tell each other."""
+"""What the processes of a distributed run tell each other, and what they must hold."""
 
 import logging
 from collections.abc import Sequence
@@ -6,17 +6,31 @@ from typing import Any
 
 import torch
 import torch.distributed
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torchmetrics import MeanMetric
 
 _log = logging.getLogger(__name__)
 
+# By name, since the package pytorch_lightning has classes of its own.
+_SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
+
 
 @rank_zero_only
 def tell(message: str) -> None:
     """Log a line once, not in every process."""
     _log.info(message)
+
+
+def refuse_sharding(trainer: Trainer, who: str) -> None:
+    """Raise a MisconfigurationException where no process holds whole parameters."""
+    if {cls.__name__ for cls in type(trainer.strategy).__mro__} & _SHARDED:
+        raise MisconfigurationException(
+            f"{who} needs whole parameters on every device, but {type(trainer.strategy).__name__} "
+            "shards them. Use strategy='ddp'."
+        )
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -16,14 +16,11 @@ from typing_extensions import override
 
 from mil_anchor.callbacks.base import AttentionCallback
 from mil_anchor.callbacks.patch import TrainingPatch
-from mil_anchor.callbacks.processes import weighted_mean
+from mil_anchor.callbacks.processes import refuse_sharding, weighted_mean
 from mil_anchor.callbacks.recorder import batch_entry
 from mil_anchor.callbacks.uniform import UniformWatch
 from mil_anchor.schedules import Constant, Schedule, as_schedule
 from mil_anchor.sites.base import RecordedAttention, Site
-
-# By name, since the package pytorch_lightning has classes of its own.
-_SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 
 
 class AttentionRegularizer(AttentionCallback):
@@ -132,12 +129,8 @@ class AttentionRegularizer(AttentionCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
-        if stage == "fit" and names & _SHARDED:
-            raise MisconfigurationException(
-                f"{type(self).__name__} needs whole parameters on every device, but "
-                f"{type(trainer.strategy).__name__} shards them. Use strategy='ddp'."
-            )
+        if stage == "fit":
+            refuse_sharding(trainer, type(self).__name__)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
