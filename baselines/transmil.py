@@ -244,11 +244,16 @@ class TransMIL(nn.Module):
         self.in_features = in_features
         self.n_heads = n_heads
         self.projection = nn.Sequential(nn.Linear(in_features, hidden), nn.ReLU())
-        self.class_token = nn.Parameter(torch.randn(1, 1, hidden))
+        self.class_token = nn.Parameter(torch.empty(1, 1, hidden))
+        self.reset_parameters()
         self.layers = nn.ModuleList(TransLayer(hidden, n_heads, dropout) for _ in range(2))
         self.position = PPEG(hidden)
         self.norm = nn.LayerNorm(hidden)
         self.head = nn.Linear(hidden, n_classes)
+
+    def reset_parameters(self) -> None:
+        """Draws a new class token; the other parts have such a method of their own."""
+        nn.init.normal_(self.class_token)
 
     def forward(
         self,

@@ -25,6 +25,7 @@ from mil_anchor.results import Run, read_runs
 PAGE = Path(__file__).parent / "plugins.md"
 PAGES = (PAGE, Path(__file__).parents[1] / "README.md")
 MEASURED = PAGE.with_suffix(".json")
+SCOPE_COST = Path(__file__).parents[1] / "benchmarks" / "scope.json"
 SETS = ("table", "seeds", "choice", "scope")
 
 Row = dict[str, Any]
@@ -65,6 +66,13 @@ MAIN = (
     Column("entropy", "entropy", 2),
     Column("tile AUROC", "tile_auroc", 2),
 )
+
+
+SHOWN = {
+    "slow": "evaluating with slow weights, no term in the loss",
+    "anchor": "an anchor with a softmax",
+    "anchor_nsf": "the paper's anchor with NSF",
+}
 
 
 def measure_run(run: Run, kind: str) -> Row:
@@ -153,6 +161,26 @@ def each(measured: Row) -> str:
     return "\n".join(lines[:-1])
 
 
+def summary(measured: Row) -> str:
+    """What the plug-ins that a user meets first do, in one sentence each."""
+    rows = _of(measured, "table")
+    base = [row for row in rows if row["plugin"] == "none"]
+    n_models, n_seeds = len(_values(rows, "model")), len(_values(rows, "seed"))
+    lines = [
+        f"Over {n_models} models, {len(_values(rows, 'data'))} small data sets and {n_seeds} seeds "
+        f"({len(rows)} runs), against the same run without a plug-in:",
+        "",
+    ]
+    for plugin, words in SHOWN.items():
+        own = [row for row in rows if row["plugin"] == plugin]
+        f1, auroc, _, ratio = _against(own, base)
+        lines.append(
+            f"- {words} (`plugin={plugin}`): JSD between epochs {ratio}, F1 {f1}, AUROC {auroc}, "
+            f"entropy / ln N {_entropy(own)} ({_entropy(base)} without)."
+        )
+    return "\n".join(lines)
+
+
 def overall(measured: Row) -> str:
     """Each plug-in over all models and data sets."""
     rows = _of(measured, "table")
@@ -168,7 +196,8 @@ def overall(measured: Row) -> str:
 
 def seeds(measured: Row) -> str:
     """What a seed alone does, without any plug-in."""
-    rows = _of(measured, "seeds")
+    first = [row for row in _of(measured, "table") if row["plugin"] == "none" and row["seed"] == 0]
+    rows = [*first, *_of(measured, "seeds")]
     titles = ["data", "model", "F1", "lowest to highest", "AUROC", "JSD·1000", "entropy"]
     lines = [_cells(titles), _rule(2, len(titles) - 2)]
     for data in _values(rows, "data"):
@@ -188,7 +217,8 @@ def choice(measured: Row) -> str:
     """Settings of the anchor, judged on validation."""
     rows = _of(measured, "choice")
     base = [row for row in _of(measured, "table") if row["plugin"] == "none"]
-    titles = ["target", "weight", "decay", "schedule", "Δ(AUROC + F1)/2", "Δloss", "JSD", "entropy"]
+    titles = ["plug-in", "weight", "decay", "schedule", "runs", "Δ(AUROC + F1)/2", "Δloss", "JSD"]
+    titles.append("entropy")
     lines = [_cells(titles), _rule(1, len(titles) - 1)]
     for setting in sorted({_setting(row) for row in rows}, key=str):
         own = [row for row in rows if _setting(row) == setting]
@@ -203,16 +233,18 @@ def choice(measured: Row) -> str:
         )
         loss = by_slides(lambda part: paired(part, base, "val_loss"), own)
         plugin, weight, decay, schedule = setting
-        cells = [f"`{plugin}`", f"{weight:g}", decay, schedule, _interval(score)]
+        cells = [f"`{plugin}`", f"{weight:g}", decay, schedule, str(len(own)), _interval(score)]
         lines.append(_cells([*cells, _interval(loss), _ratio(own, base), _entropy(own)]))
     return "\n".join(lines)
 
 
 def scope(measured: Row) -> str:
     """The block alone against encoder and block."""
-    rows = [*_of(measured, "scope"), *_of(measured, "table")]
+    wide = _of(measured, "scope")
+    pairs = {_pair(row) for row in wide}
+    rows = [*wide, *(row for row in _of(measured, "table") if _pair(row) in pairs)]
     base = [row for row in rows if row["plugin"] == "none"]
-    plugins = _values(_of(measured, "scope"), "plugin")
+    plugins = _values(wide, "plugin")
     titles = ["plug-in", "scope", "model", "ΔF1", "ΔAUROC", "Δtile AUROC", "JSD", "entropy"]
     lines = [_cells(titles), _rule(3, len(titles) - 3)]
     for plugin in plugins:
@@ -229,7 +261,35 @@ def scope(measured: Row) -> str:
     return "\n".join(lines)
 
 
-PARTS = {"overall": overall, "each": each, "seeds": seeds, "choice": choice, "scope": scope}
+def cost(_: Row) -> str:
+    """What a scope costs, as benchmarks/scope.py has measured it."""
+    timed = json.loads(SCOPE_COST.read_text())
+    titles = ["model", "bare, ms", "block", "encoder", "bare again", "mirrored by encoder"]
+    lines = [
+        f"CPU time of a training step of one thread, {timed['instances']:,} instances of width "
+        f"{timed['width']}, hidden width {timed['hidden']} (torch {timed['torch']}, `python -m "
+        "benchmarks.scope`), as ratios to the bare model, and parameters of the anchor:",
+        "",
+        _cells(titles),
+        _rule(1, len(titles) - 1),
+    ]
+    for model, row in timed["models"].items():
+        ratios = [f"{row[name]['ratio']:.2f}" for name in ("block", "encoder", "bare again")]
+        counts = [row[name]["mirrored_parameters"] for name in ("block", "encoder")]
+        cells = [model, f"{row['bare']['step_ms']:.1f}", *ratios]
+        lines.append(_cells([*cells, f"{counts[1]:,} (block {counts[0]:,})"]))
+    return "\n".join(lines)
+
+
+PARTS = {
+    "cost": cost,
+    "summary": summary,
+    "overall": overall,
+    "each": each,
+    "seeds": seeds,
+    "choice": choice,
+    "scope": scope,
+}
 
 
 def page(text: str, measured: Row) -> str:

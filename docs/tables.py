@@ -10,7 +10,7 @@ import hydra
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from mil_anchor.experiment import plugin_parts
+from mil_anchor.composition import plugin_parts
 from mil_anchor.sites.known import KNOWN_MODELS
 from mil_anchor.targets import as_target
 from tests.composing import ROOT, composed

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 from mil_anchor import AnchorCallback
+from mil_anchor.composition import check_arguments, plugin_parts
 from mil_anchor.data.bags import Bag, collate_bags
-from mil_anchor.experiment import check_arguments, plugin_parts
 from mil_anchor.run_folder import folder_name
 from tests.composing import ROOT, composed
 
@@ -227,6 +227,26 @@ def test_conf__misspelled_override__is_refused(override, error, message):
         ("experiment", {"names": {"mdoel": "x"}}, "'names' must have the keys"),
         ("experiment", {"threads": 0}, "at least 1, or null .* got 0"),
         ("experiment", {"early_stopping": -3}, "at least 1 epoch, or null .* got -3"),
+        (
+            "experiment",
+            {"plugin": {"_target_": "mil_anchor.AnchorCallback", "warmup": "no"}},
+            "'plugin.warmup' must be true or false, but got 'no'",
+        ),
+        (
+            "experiment",
+            {"plugin": {"_target_": "mil_anchor.AnchorCallback", "weight": None}},
+            "'plugin.weight' must be a number, but got None",
+        ),
+        (
+            "plugin",
+            {"_target_": "mil_anchor.AEMCallback", "top_k": 2.5},
+            "'plugin.top_k' must be a whole number or null, but got 2.5",
+        ),
+        (
+            "plugin",
+            {"also": {"slow": {"_target_": "mil_anchor.SlowWeights", "decay": "abc"}}},
+            "'plugin.also.slow.decay' must be a number, but got 'abc'",
+        ),
         ("experiment", {"sed": 3}, "'sed' not in 'Config'"),
         (
             "data",

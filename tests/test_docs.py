@@ -9,8 +9,8 @@ import pytest
 
 from docs.tables import PAGES, page
 from mil_anchor.__main__ import main
+from mil_anchor.composition import check_arguments
 from mil_anchor.data.cohorts import COHORTS
-from mil_anchor.experiment import check_arguments
 from mil_anchor.sites import registry
 from tests.composing import ROOT, composed
 from tests.data.stores.layouts import write_trident

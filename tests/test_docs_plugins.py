@@ -10,7 +10,7 @@ import yaml
 from scipy.stats import ttest_1samp
 
 from docs.plugins import MEASURED, PAGE, PAGES, SETS, by_slides, interval, page, paired
-from mil_anchor.experiment import check_arguments
+from mil_anchor.composition import check_arguments
 from tests.composing import ROOT, composed
 
 TEXT = PAGE.read_text()

@@ -19,8 +19,9 @@ from docs.synthetic import MEASURED, N_WORLDS, PAGE, page
 from docs.synthetic_figures import draw_cohort, draw_curves, draw_epochs
 from docs.synthetic_measures import Setting, measure_cohort, measure_run, read_curves
 from mil_anchor.__main__ import main
+from mil_anchor.composition import check_arguments
 from mil_anchor.data.synthetic import PRESETS, SyntheticCohort
-from mil_anchor.experiment import check_arguments, run
+from mil_anchor.experiment import run
 from mil_anchor.maps.file import read_map, read_maps
 from mil_anchor.results import Run
 from tests.composing import ROOT, composed

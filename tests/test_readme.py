@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mil_anchor.__main__ import main
-from mil_anchor.experiment import check_arguments
+from mil_anchor.composition import check_arguments
 from mil_anchor.results import read_runs
 from tests.composing import ROOT, composed
 

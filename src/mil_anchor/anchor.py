@@ -177,8 +177,8 @@ def check_decay(decay: float) -> None:
     """Raise a ValueError unless the EMA factor lies in [0, 1)."""
     if not 0 <= decay < 1:
         raise ValueError(
-            f"decay must lie in [0, 1), but got {decay}. 0.999 is the paper's; at 1 the anchor "
-            "would never move."
+            f"decay must lie in [0, 1), but got {decay}. 0.999 is the paper's; at 1 the "
+            "average would never move."
         )
 
 

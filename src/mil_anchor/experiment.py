@@ -1,10 +1,8 @@
 """One experiment: compose, build, fit, test, write the run folder."""
 
 import copy
-import inspect
 import logging
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from mil_anchor.callbacks.bag_features import FEATURES_FOLDER, BagFeatures
 from mil_anchor.callbacks.evaluated import evaluated_weights
 from mil_anchor.callbacks.monitor import AttentionMonitor, read_attention
 from mil_anchor.callbacks.random_state import RandomState
+from mil_anchor.composition import check_arguments, plugin_parts
 from mil_anchor.data.bags import BagSequence
 from mil_anchor.data.datamodule import BagDataModule
 from mil_anchor.data.folder import SlideDataModule
@@ -165,71 +164,6 @@ def run(config: DictConfig) -> dict[str, Any]:
     write_metrics(folder, metrics)
     _log_result(metrics)
     return metrics
-
-
-def check_arguments(config: DictConfig) -> None:
-    """Check every group's keys against the arguments that its ``_target_`` takes.
-
-    Raises:
-        ValueError: A key is no argument, or it is one that the data decides.
-    """
-    if set(config.names) != {"model", "plugin", "data"}:
-        raise ValueError(
-            f"'names' must have the keys model, plugin and data, but has {sorted(config.names)}."
-        )
-    if config.early_stopping is not None and config.early_stopping < 1:
-        raise ValueError(
-            "early_stopping must be at least 1 epoch, or null for none, but got "
-            f"{config.early_stopping}."
-        )
-    if config.threads is not None and config.threads < 1:
-        raise ValueError(
-            f"threads must be at least 1, or null for torch's own choice, but got {config.threads}."
-        )
-    if config.maps < 0:
-        raise ValueError(f"maps must be a number of slides from 0, but got {config.maps}.")
-    for path, node in _groups(config):
-        if "_target_" not in node:
-            raise ValueError(
-                f"'{path}' must say what to build in _target_, but it has only the keys "
-                f"{list(node)}. Look for a misspelled _target_."
-            )
-        target = hydra.utils.get_object(node._target_)
-        parameters = inspect.signature(target).parameters
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            continue
-        unknown = [
-            key for key in map(str, node) if not key.startswith("_") and key not in parameters
-        ]
-        if unknown:
-            raise ValueError(
-                f"Every key below '{path}' must be an argument of {node._target_}, but {unknown} "
-                f"are not. It takes: {', '.join(parameters)}."
-            )
-    decided = [key for key in ("in_features", "n_classes") if key in config.model]
-    if decided:
-        raise ValueError(
-            f"{decided} of the model follow from the data, but the configuration sets them. "
-            "Remove them from 'model'."
-        )
-
-
-def _groups(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
-    """The parts that are built."""
-    yield from plugin_parts(config)
-    for name in ("model", "data", "module", "trainer", "logger"):
-        node = config._get_node(name)
-        if isinstance(node, DictConfig):
-            yield name, node
-
-
-def plugin_parts(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
-    """The callbacks of a plug-in: none, one, or several whose others stand below ``also``."""
-    own = {key: config.plugin._get_node(key) for key in config.plugin if key != "also"}
-    if own:
-        yield "plugin", OmegaConf.create(own, parent=config)
-    for name, node in config.plugin.get("also", {}).items():
-        yield f"plugin.also.{name}", node
 
 
 def _plugins(config: DictConfig) -> list[Callback]:

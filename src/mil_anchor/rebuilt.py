@@ -15,8 +15,8 @@ from torch import Tensor
 from mil_anchor.anchor import Anchor
 from mil_anchor.callbacks.anchor import AnchorCallback
 from mil_anchor.callbacks.recorder import AttentionRecorder
+from mil_anchor.composition import plugin_parts
 from mil_anchor.data.datamodule import BagDataModule
-from mil_anchor.experiment import plugin_parts
 from mil_anchor.inspection import inspect_model
 from mil_anchor.module import MILModule
 from mil_anchor.sites.base import Site

@@ -271,12 +271,18 @@ def test_scope__stop_and_resume__equals_the_uninterrupted_run_bit_for_bit(tmp_pa
     assert_equal_states(whole[1], resumed[1])
 
 
-def test_scope__block_and_encoder_in_one_run__keep_states_of_their_own(tmp_path):
+def test_scope__block_and_encoder_in_one_run__keep_states_and_log_keys_of_their_own(tmp_path):
     block, encoder = _callback(scope="block"), _callback()
     trainer = make_trainer(tmp_path, block, encoder)
 
     trainer.fit(seeded_module(), make_loader())
     trainer.save_checkpoint(tmp_path / "end.ckpt")
+
+    logged = trainer.callback_metrics
+    for index, callback in enumerate((block, encoder)):
+        distance = logged[f"anchor/distance/net.attention/{index}"]
+        assert distance == callback.distance()
+    assert logged["anchor/kl/net.attention/0"] != logged["anchor/kl/net.attention/1"]
 
     states = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]
     assert "0.weight" in states[block.state_key]["anchor"]

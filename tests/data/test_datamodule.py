@@ -66,7 +66,7 @@ def test_train_dataloader__two_processes__share_the_bags_and_evaluate_all():
     trained = []
     for rank in range(2):
         datamodule = BagDataModule(_bags(10), _bags(3, name="v"))
-        datamodule.trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        datamodule.trainer = SimpleNamespace(world_size=2, global_rank=rank, current_epoch=0)
         loader = datamodule.train_dataloader()
         first = _epoch(loader)
         loader.sampler.set_epoch(1)  # Lightning does this before every epoch
@@ -74,6 +74,16 @@ def test_train_dataloader__two_processes__share_the_bags_and_evaluate_all():
         trained += first
         assert _epoch(datamodule.val_dataloader()) == ["v0", "v1", "v2"]
     assert sorted(trained) == [f"s{i}" for i in range(10)]
+
+
+def test_train_dataloader__two_processes_resumed__begin_with_the_order_of_their_epoch():
+    datamodule = BagDataModule(_bags(10))
+    datamodule.trainer = SimpleNamespace(world_size=2, global_rank=0, current_epoch=3)
+    loader = datamodule.train_dataloader()
+    # Lightning draws a resumed fit's first order before it tells the sampler the epoch.
+    first = _epoch(loader)
+    loader.sampler.set_epoch(3)
+    assert _epoch(loader) == first
 
 
 def test_train_dataloader__balanced_on_two_processes__is_refused():

@@ -68,7 +68,7 @@ class AnchorCallback(EvaluatedWeights, AttentionRegularizer):
     Logs ``anchor/kl`` (the divergence in nats; with the bag feature ``anchor/bag_feature``) and
     ``anchor/loss`` (weight x divergence), means over the epoch's distributions; at the epoch's end
     ``anchor/distance``, how far the anchor's parameters are from the block's, relative to these;
-    and ``anchor/weight``, the coefficient, if it changes.
+    and ``anchor/weight``, the epoch's mean coefficient, if it changes.
 
     Source: ASMIL (arXiv 2603.06658), eq. 4, 5, 7 and 9; the bag feature is its App. I. KL is summed
     over instances and averaged over rows and bags.
@@ -183,7 +183,7 @@ class AnchorCallback(EvaluatedWeights, AttentionRegularizer):
         measured = "anchor/kl" if self.match == "attention" else "anchor/bag_feature"
         values = {measured: penalty, "anchor/loss": self.mean_weight * penalty}
         if not isinstance(self.schedule, Constant):
-            values["anchor/weight"] = torch.as_tensor(self.current_weight)
+            values["anchor/weight"] = penalty.new_tensor(self.mean_weight)
         if self._anchor is not None:
             values["anchor/distance"] = self.distance()
         return values

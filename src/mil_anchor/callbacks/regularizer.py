@@ -156,12 +156,7 @@ class AttentionRegularizer(AttentionCallback):
                 raise MisconfigurationException(self.describe_missing())
             return
         mean = weighted_mean(self._values, self._n_values)
-        others = [
-            other
-            for other in trainer.callbacks  # type: ignore[attr-defined]
-            if type(other) is type(self) and other is not self
-        ]
-        suffix = f"/{self.online.site.path}" if others else ""
+        suffix = self._log_suffix(trainer)
         values = self.log_values(mean)
         self._forget_epoch()
         pl_module.log_dict({f"{key}{suffix}": value for key, value in values.items()})
@@ -235,6 +230,20 @@ class AttentionRegularizer(AttentionCallback):
         super()._detach()
         self._batch = None
         self._forget_epoch()
+
+    def _log_suffix(self, trainer: Trainer) -> str:
+        """What tells apart the log keys of several plug-ins of this kind: blocks, then places."""
+        alike = [
+            other
+            for other in trainer.callbacks  # type: ignore[attr-defined]
+            if type(other) is type(self)
+        ]
+        if len(alike) == 1:
+            return ""
+        path = self.online.site.path
+        found = [other for other in alike if not other.is_searching]
+        twins = [other for other in found if other.online.site.path == path]
+        return f"/{path}" if len(twins) == 1 else f"/{path}/{twins.index(self)}"
 
     def _forget_epoch(self) -> None:
         self._values, self._n_values, self._weights = [], [], []

@@ -126,12 +126,15 @@ class BagDataModule(LightningDataModule):
                     "balanced=True must run on one process, but the Trainer has "
                     f"{self.trainer.world_size}. Use one device, or balanced=False."
                 )
-            return DistributedSampler(
+            sampler: DistributedSampler[int] = DistributedSampler(
                 self.train_bags,  # type: ignore[arg-type]  # a sequence is a map-style data set
                 num_replicas=self.trainer.world_size,
                 rank=self.trainer.global_rank,
                 seed=self.seed,
             )
+            # A resumed fit draws its first epoch's order before Lightning tells the sampler which.
+            sampler.set_epoch(self.trainer.current_epoch)
+            return sampler
         if self.balanced:
             labels = self.train_bags.labels
             count = Counter(labels)
