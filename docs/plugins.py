@@ -62,11 +62,15 @@ class Column(NamedTuple):
 MAIN = (
     Column("F1", "f1", 2),
     Column("AUROC", "auroc", 2),
-    Column("JSD·1000", "jsd", 2, 1000),
+    Column("JSD·1000, early", "jsd_early", 2, 1000),
+    Column("late", "jsd", 2, 1000),
     Column("entropy", "entropy", 2),
     Column("tile AUROC", "tile_auroc", 2),
 )
 
+
+# What `_against` gives.
+_DIFFERENCES = ("ΔF1", "ΔAUROC", "Δtile AUROC", "JSD, early", "JSD, late")
 
 SHOWN = {
     "slow": "evaluating with slow weights, no term in the loss",
@@ -90,13 +94,21 @@ def measure_run(run: Run, kind: str) -> Row:
 
 
 def _attention(folder: Path) -> Row:
-    """JSD over the last third of the epochs, and concentration in the last one."""
+    """JSD over the first two thirds and the last third of the epochs; entropy in the last one."""
     with (folder / "attention.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     n_epochs = 1 + max(int(row["epoch"]) for row in rows)
-    late = [float(row["jsd"]) for row in rows if int(row["epoch"]) >= n_epochs * 2 / 3]
+    moved = [(int(row["epoch"]), float(row["jsd"])) for row in rows if row["jsd"]]
+    early, late = (
+        fmean(jsd for epoch, jsd in moved if (epoch >= n_epochs * 2 / 3) == is_late)
+        for is_late in (False, True)
+    )
     last = [row for row in rows if int(row["epoch"]) == n_epochs - 1]
-    return {"jsd": fmean(late), "entropy": fmean(float(row["entropy"]) for row in last)}
+    return {
+        "jsd_early": early,
+        "jsd": late,
+        "entropy": fmean(float(row["entropy"]) for row in last),
+    }
 
 
 def paired(rows: Iterable[Row], base: Iterable[Row], key: str) -> list[float]:
@@ -173,10 +185,11 @@ def summary(measured: Row) -> str:
     ]
     for plugin, words in SHOWN.items():
         own = [row for row in rows if row["plugin"] == plugin]
-        f1, auroc, _, ratio = _against(own, base)
+        f1, auroc, _, early, late = _against(own, base)
         lines.append(
-            f"- {words} (`plugin={plugin}`): JSD between epochs {ratio}, F1 {f1}, AUROC {auroc}, "
-            f"entropy / ln N {_entropy(own)} ({_entropy(base)} without)."
+            f"- {words} (`plugin={plugin}`): JSD between epochs {early} in the first two thirds of "
+            f"the training and {late} in the last third, F1 {f1}, AUROC {auroc}, entropy / ln N "
+            f"{_entropy(own)} ({_entropy(base)} without)."
         )
     return "\n".join(lines)
 
@@ -185,11 +198,11 @@ def overall(measured: Row) -> str:
     """Each plug-in over all models and data sets."""
     rows = _of(measured, "table")
     base = [row for row in rows if row["plugin"] == "none"]
-    titles = ["plug-in", "ΔF1", "ΔAUROC", "Δtile AUROC", "JSD", "entropy"]
+    titles = ["plug-in", *_DIFFERENCES, "entropy"]
     lines = [_cells(titles), _rule(1, len(titles) - 1)]
     for plugin in _values(rows, "plugin"):
         own = [row for row in rows if row["plugin"] == plugin]
-        cells = ["", "", "", "1"] if plugin == "none" else _against(own, base)
+        cells = ["", "", "", "1", "1"] if plugin == "none" else _against(own, base)
         lines.append(_cells([f"`{plugin}`", *cells, _entropy(own)]))
     return "\n".join(lines)
 
@@ -198,13 +211,13 @@ def seeds(measured: Row) -> str:
     """What a seed alone does, without any plug-in."""
     first = [row for row in _of(measured, "table") if row["plugin"] == "none" and row["seed"] == 0]
     rows = [*first, *_of(measured, "seeds")]
-    titles = ["data", "model", "F1", "lowest to highest", "AUROC", "JSD·1000", "entropy"]
+    titles = ["data", "model", "F1", "lowest to highest", *(c.title for c in MAIN[1:5])]
     lines = [_cells(titles), _rule(2, len(titles) - 2)]
     for data in _values(rows, "data"):
         for model in _values(rows, "model"):
             own = [row for row in rows if (row["data"], row["model"]) == (data, model)]
             f1 = [row["f1"] for row in own]
-            cells = [_mean_sd(own, column) for column in MAIN[:4]]
+            cells = [_mean_sd(own, column) for column in MAIN[:5]]
             lines.append(
                 _cells(
                     [f"`{data}`", model, cells[0], f"{min(f1):.2f} to {max(f1):.2f}", *cells[1:]]
@@ -217,8 +230,8 @@ def choice(measured: Row) -> str:
     """Settings of the anchor, judged on validation."""
     rows = _of(measured, "choice")
     base = [row for row in _of(measured, "table") if row["plugin"] == "none"]
-    titles = ["plug-in", "weight", "decay", "schedule", "runs", "Δ(AUROC + F1)/2", "Δloss", "JSD"]
-    titles.append("entropy")
+    titles = ["plug-in", "weight", "decay", "schedule", "runs", "Δ(AUROC + F1)/2", "Δloss"]
+    titles += ["JSD, early", "JSD, late", "entropy"]
     lines = [_cells(titles), _rule(1, len(titles) - 1)]
     for setting in sorted({_setting(row) for row in rows}, key=str):
         own = [row for row in rows if _setting(row) == setting]
@@ -234,7 +247,7 @@ def choice(measured: Row) -> str:
         loss = by_slides(lambda part: paired(part, base, "val_loss"), own)
         plugin, weight, decay, schedule = setting
         cells = [f"`{plugin}`", f"{weight:g}", decay, schedule, str(len(own)), _interval(score)]
-        lines.append(_cells([*cells, _interval(loss), _ratio(own, base), _entropy(own)]))
+        lines.append(_cells([*cells, _interval(loss), *ratios(own, base), _entropy(own)]))
     return "\n".join(lines)
 
 
@@ -245,7 +258,7 @@ def scope(measured: Row) -> str:
     rows = [*wide, *(row for row in _of(measured, "table") if _pair(row) in pairs)]
     base = [row for row in rows if row["plugin"] == "none"]
     plugins = _values(wide, "plugin")
-    titles = ["plug-in", "scope", "model", "ΔF1", "ΔAUROC", "Δtile AUROC", "JSD", "entropy"]
+    titles = ["plug-in", "scope", "model", *_DIFFERENCES, "entropy"]
     lines = [_cells(titles), _rule(3, len(titles) - 3)]
     for plugin in plugins:
         for kind in ("block", "encoder"):
@@ -345,14 +358,16 @@ def _against(own: Sequence[Row], base: Sequence[Row]) -> list[str]:
         by_slides(lambda part, key=key: paired(part, base, key), own)
         for key in ("f1", "auroc", "tile_auroc")
     ]
-    return [*(_interval(values) if values else "" for values in differences), _ratio(own, base)]
+    return [*(_interval(values) if values else "" for values in differences), *ratios(own, base)]
 
 
-def _ratio(own: Sequence[Row], base: Sequence[Row]) -> str:
-    """Geometric mean of the JSD's ratio to the same run without a plug-in."""
-    known = {_pair(row): row["jsd"] for row in base}
-    logs = [math.log(row["jsd"] / known[_pair(row)]) for row in own]
-    return f"x {math.exp(fmean(logs)):.2f}"
+def ratios(own: Sequence[Row], base: Sequence[Row]) -> list[str]:
+    """Geometric means of the JSD's ratio to the same run without a plug-in, early and late."""
+    means = []
+    for key in ("jsd_early", "jsd"):
+        known = {_pair(row): row[key] for row in base}
+        means.append(fmean(math.log(row[key] / known[_pair(row)]) for row in own))
+    return [f"x {math.exp(mean):.2f}" for mean in means]
 
 
 def _entropy(rows: Sequence[Row]) -> str:

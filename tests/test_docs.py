@@ -15,7 +15,7 @@ from mil_anchor.sites import registry
 from tests.composing import ROOT, composed
 from tests.data.stores.layouts import write_trident
 
-PAGE, DATA_PAGE = PAGES
+PAGE, DATA_PAGE, README = PAGES
 TEXT, DATA_TEXT = PAGE.read_text(), DATA_PAGE.read_text()
 
 
@@ -49,6 +49,7 @@ def test_your_model__inspect_commands__work(monkeypatch, capsys):
 def test_your_model__generated_parts__are_up_to_date():
     assert page(TEXT) == TEXT, "run: python -m docs.tables"
     assert page(DATA_TEXT) == DATA_TEXT, "run: python -m docs.tables"
+    assert page(README.read_text()) == README.read_text(), "run: python -m docs.tables"
     assert TEXT.count("`torchmil.models.") >= 17
 
 

@@ -79,24 +79,6 @@ def test_readme__choices__are_those_of_the_configuration():
         assert set(re.findall(r"`(\w+)`", row)) == there
 
 
-def test_readme__summary__gives_the_ranges_of_its_table():
-    rows = [line.split(" | ") for line in README.splitlines() if re.match(r"\| (musk|ucsb)", line)]
-    jsd = {tuple(row[:3]): float(row[7].split("±")[0]) for row in rows}
-    assert len(jsd) == 24
-
-    for plugin, words in (("anchor", "softmax target"), ("anchor_nsf", "normalized sigmoid")):
-        less = [
-            100 * (1 - value / jsd[data, model, "none"])
-            for (data, model, own), value in jsd.items()
-            if own == plugin
-        ]
-        text = " ".join(README.split())
-        low, high = re.search(
-            rf"(\d+) to (\d+) % less with (?:a|the paper's) {words}", text
-        ).groups()
-        assert (int(low), int(high)) == (round(min(less)), round(max(less)))
-
-
 @pytest.mark.slow
 def test_demo__as_the_makefile_runs_it__ends_in_a_table_and_a_figure(tmp_path, capsys):
     recipe = re.search(r"^demo:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
