@@ -90,7 +90,10 @@ def measure_run(run: Run, kind: str) -> Row:
     }
     names = {key: run.metrics[key] for key in ("data", "model", "plugin", "seed", "fold")}
     metrics = {key: run.metrics[name] for key, name in _METRICS.items() if name in run.metrics}
-    return {"set": kind, **names, **settings, **metrics, **_attention(run.folder)}
+    measured = {**metrics, **_attention(run.folder)}
+    # Four digits are more than the tables show.
+    short = {key: float(f"{value:.4g}") for key, value in measured.items()}
+    return {"set": kind, **names, **settings, **short}
 
 
 def _attention(folder: Path) -> Row:

@@ -6,6 +6,7 @@ import re
 import shlex
 from statistics import fmean, stdev
 
+import hydra
 import pytest
 import yaml
 from scipy.stats import ttest_1samp
@@ -62,6 +63,25 @@ def test_measures__table__is_complete():
     cells = {(row["data"], row["model"], row["plugin"], row["seed"]) for row in rows}
 
     assert len(cells) == len(rows) == 5 * 9 * 3 * 5
+
+
+def test_claims__sizes__are_those_of_the_data():
+    n_train, n_test = set(), set()
+    for overrides in (
+        ["+experiment=plugins"],
+        *(
+            ["+experiment=plugins_synthetic", "data.size=tiny", f"data.preset={preset}"]
+            for preset in ("camelyon_like", "bracs_like")
+        ),
+    ):
+        data = hydra.utils.instantiate(composed(*overrides).data)
+        data.setup("fit")
+        n_train.add(len(data.train_bags))
+        n_test.add(len(data.test_bags))
+
+    text = " ".join(TEXT.split())
+    assert f"({min(n_train)} to {max(n_train)} bags to train on" in text
+    assert f", {min(n_test)} to {max(n_test)} to test)" in text
 
 
 def _changes(plugin, key, **chosen):
