@@ -7,6 +7,7 @@ alone is written anew from plugins.json.
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import re
@@ -210,6 +211,31 @@ def overall(measured: Row) -> str:
     return "\n".join(lines)
 
 
+def certain(measured: Row) -> str:
+    """The cells of data, model, plug-in and metric whose interval does not hold 0."""
+    rows = _of(measured, "table")
+    base = [row for row in rows if row["plugin"] == "none"]
+    n_cells, lines = 0, []
+    for plugin, data, model, key in itertools.product(
+        _values(rows, "plugin")[1:], _values(rows, "data"), _values(rows, "model"), ("f1", "auroc")
+    ):
+        own = [r for r in rows if (r["plugin"], r["data"], r["model"]) == (plugin, data, model)]
+        differences = paired(own, base, key)
+        n_cells += 1
+        _, low, high = interval(differences)
+        if low > 0 or high < 0:
+            name = {"f1": "F1", "auroc": "AUROC"}[key]
+            lines.append(f"- `{plugin}`, `{data}`, {model}: {name} {_interval(differences)}")
+    return "\n".join(
+        [
+            f"Of {n_cells} cells (plug-in, data, model, metric) {len(lines)} have an interval without "
+            f"0, where chance alone gives {0.05 * n_cells:.0f}:",
+            "",
+            *lines,
+        ]
+    )
+
+
 def seeds(measured: Row) -> str:
     """What a seed alone does, without any plug-in."""
     first = [row for row in _of(measured, "table") if row["plugin"] == "none" and row["seed"] == 0]
@@ -299,6 +325,7 @@ def cost(_: Row) -> str:
 
 PARTS = {
     "cost": cost,
+    "certain": certain,
     "summary": summary,
     "overall": overall,
     "each": each,
