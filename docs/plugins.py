@@ -228,8 +228,8 @@ def certain(measured: Row) -> str:
             lines.append(f"- `{plugin}`, `{data}`, {model}: {name} {_interval(differences)}")
     return "\n".join(
         [
-            f"Of {n_cells} cells (plug-in, data, model, metric) {len(lines)} have an interval without "
-            f"0, where chance alone gives {0.05 * n_cells:.0f}:",
+            f"Of {n_cells} cells (plug-in, data, model, metric) {len(lines)} have an interval "
+            f"without 0, where chance alone gives {0.05 * n_cells:.0f}:",
             "",
             *lines,
         ]
