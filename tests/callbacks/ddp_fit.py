@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
@@ -126,5 +127,12 @@ def main(
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
 
 
+def leave() -> None:
+    """End the process group: left alone, gloo's threads may abort the interpreter as it ends."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
 from mil_anchor import AttentionMonitor, RandomState
+from tests.callbacks.ddp_fit import leave
 from tests.callbacks.tiny import (
     TinyModule,
     make_batches,
@@ -77,3 +78,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

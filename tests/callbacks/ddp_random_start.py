@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from mil_anchor import AnchorCallback
-from tests.callbacks.ddp_fit import Keeper, OwnBatches, make_module
+from tests.callbacks.ddp_fit import Keeper, OwnBatches, leave, make_module
 from tests.callbacks.tiny import make_trainer
 
 
@@ -27,3 +27,4 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from mil_anchor.callbacks.temporal import TemporalEnsembleCallback
+from tests.callbacks.ddp_fit import leave
 from tests.callbacks.tiny import make_batches, make_loader, make_trainer, seeded_module
 
 
@@ -44,3 +45,4 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

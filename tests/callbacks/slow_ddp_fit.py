@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mil_anchor import RandomState
 from mil_anchor.callbacks.slow import SlowWeights
-from tests.callbacks.ddp_fit import OwnBatches
+from tests.callbacks.ddp_fit import OwnBatches, leave
 from tests.callbacks.tiny import TinyModule, make_trainer, parameters_of, seeded_module
 
 
@@ -73,3 +73,4 @@ def main(folder: str, epochs: str, checkpoint: str | None = None) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()
