@@ -10,8 +10,8 @@ import csv
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from rich.progress import track
 from scipy.stats import t as student
 
+from docs.pages import fill, table_row, table_rule
 from mil_anchor.results import Run, read_runs
 
 PAGE = Path(__file__).parent / "plugins.md"
@@ -158,7 +159,7 @@ def each(measured: Row) -> str:
             "their 95 % interval:"
         ]
         titles = ["model", "plug-in", *(c.title for c in columns), "ΔF1", "ΔAUROC"]
-        lines += ["", _cells(titles), _rule(2, len(titles) - 2)]
+        lines += ["", table_row(*titles), table_rule(2, len(titles) - 2)]
         for model in _values(of_data, "model"):
             of_model = [row for row in of_data if row["model"] == model]
             base = [row for row in of_model if row["plugin"] == "none"]
@@ -169,8 +170,8 @@ def each(measured: Row) -> str:
                     for key in ("f1", "auroc")
                 )
                 lines.append(
-                    _cells(
-                        [model, f"`{plugin}`", *(_mean_sd(own, c) for c in columns), *differences]
+                    table_row(
+                        model, f"`{plugin}`", *(_mean_sd(own, c) for c in columns), *differences
                     )
                 )
         lines.append("")
@@ -203,11 +204,11 @@ def overall(measured: Row) -> str:
     rows = _of(measured, "table")
     base = [row for row in rows if row["plugin"] == "none"]
     titles = ["plug-in", *_DIFFERENCES, "entropy"]
-    lines = [_cells(titles), _rule(1, len(titles) - 1)]
+    lines = [table_row(*titles), table_rule(1, len(titles) - 1)]
     for plugin in _values(rows, "plugin"):
         own = [row for row in rows if row["plugin"] == plugin]
         cells = ["", "", "", "1", "1"] if plugin == "none" else _against(own, base)
-        lines.append(_cells([f"`{plugin}`", *cells, _entropy(own)]))
+        lines.append(table_row(f"`{plugin}`", *cells, _entropy(own)))
     return "\n".join(lines)
 
 
@@ -241,15 +242,15 @@ def seeds(measured: Row) -> str:
     first = [row for row in _of(measured, "table") if row["plugin"] == "none" and row["seed"] == 0]
     rows = [*first, *_of(measured, "seeds")]
     titles = ["data", "model", "F1", "lowest to highest", *(c.title for c in MAIN[1:5])]
-    lines = [_cells(titles), _rule(2, len(titles) - 2)]
+    lines = [table_row(*titles), table_rule(2, len(titles) - 2)]
     for data in _values(rows, "data"):
         for model in _values(rows, "model"):
             own = [row for row in rows if (row["data"], row["model"]) == (data, model)]
             f1 = [row["f1"] for row in own]
             cells = [_mean_sd(own, column) for column in MAIN[:5]]
             lines.append(
-                _cells(
-                    [f"`{data}`", model, cells[0], f"{min(f1):.2f} to {max(f1):.2f}", *cells[1:]]
+                table_row(
+                    f"`{data}`", model, cells[0], f"{min(f1):.2f} to {max(f1):.2f}", *cells[1:]
                 )
             )
     return "\n".join(lines)
@@ -261,7 +262,7 @@ def choice(measured: Row) -> str:
     base = [row for row in _of(measured, "table") if row["plugin"] == "none"]
     titles = ["plug-in", "weight", "decay", "schedule", "runs", "Δ(AUROC + F1)/2", "Δloss"]
     titles += ["JSD, early", "JSD, late", "entropy"]
-    lines = [_cells(titles), _rule(1, len(titles) - 1)]
+    lines = [table_row(*titles), table_rule(1, len(titles) - 1)]
     for setting in sorted({_setting(row) for row in rows}, key=str):
         own = [row for row in rows if _setting(row) == setting]
         score = by_slides(
@@ -276,7 +277,7 @@ def choice(measured: Row) -> str:
         loss = by_slides(lambda part: paired(part, base, "val_loss"), own)
         plugin, weight, decay, schedule = setting
         cells = [f"`{plugin}`", f"{weight:g}", decay, schedule, str(len(own)), _interval(score)]
-        lines.append(_cells([*cells, _interval(loss), *ratios(own, base), _entropy(own)]))
+        lines.append(table_row(*cells, _interval(loss), *ratios(own, base), _entropy(own)))
     return "\n".join(lines)
 
 
@@ -288,7 +289,7 @@ def scope(measured: Row) -> str:
     base = [row for row in rows if row["plugin"] == "none"]
     plugins = _values(wide, "plugin")
     titles = ["plug-in", "scope", "model", *_DIFFERENCES, "entropy"]
-    lines = [_cells(titles), _rule(3, len(titles) - 3)]
+    lines = [table_row(*titles), table_rule(3, len(titles) - 3)]
     for plugin in plugins:
         for kind in ("block", "encoder"):
             for model in [*_values(rows, "model"), "all"]:
@@ -299,7 +300,7 @@ def scope(measured: Row) -> str:
                     and model in (row["model"], "all")
                 ]
                 cells = [*_against(own, base), _entropy(own)]
-                lines.append(_cells([f"`{plugin}`", kind, model, *cells]))
+                lines.append(table_row(f"`{plugin}`", kind, model, *cells))
     return "\n".join(lines)
 
 
@@ -312,14 +313,14 @@ def cost(_: Row) -> str:
         f"{timed['width']}, hidden width {timed['hidden']} (torch {timed['torch']}, `python -m "
         "benchmarks.scope`), as ratios to the bare model, and parameters of the anchor:",
         "",
-        _cells(titles),
-        _rule(1, len(titles) - 1),
+        table_row(*titles),
+        table_rule(1, len(titles) - 1),
     ]
     for model, row in timed["models"].items():
         ratios = [f"{row[name]['ratio']:.2f}" for name in ("block", "encoder", "bare again")]
         counts = [row[name]["mirrored_parameters"] for name in ("block", "encoder")]
         cells = [model, f"{row['bare']['step_ms']:.1f}", *ratios]
-        lines.append(_cells([*cells, f"{counts[1]:,} (block {counts[0]:,})"]))
+        lines.append(table_row(*cells, f"{counts[1]:,} (block {counts[0]:,})"))
     return "\n".join(lines)
 
 
@@ -337,14 +338,7 @@ PARTS = {
 
 def page(text: str, measured: Row) -> str:
     """The page with its generated parts."""
-    for name, part in PARTS.items():
-        if f"<!-- {name} -->" in text:
-            pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-            new = part(measured)
-            text = re.sub(
-                pattern, lambda m, new=new: f"{m[1]}{new}\n{m[2]}", text, count=1, flags=re.DOTALL
-            )
-    return text
+    return fill(text, {name: partial(part, measured) for name, part in PARTS.items()})
 
 
 def main() -> None:
@@ -415,14 +409,6 @@ def _mean_sd(rows: Sequence[Row], column: Column) -> str:
         return ""
     spread = f"±{stdev(values):.{column.digits}f}" if len(values) > 1 else ""
     return f"{fmean(values):.{column.digits}f}{spread}"
-
-
-def _cells(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _rule(n_left: int, n_right: int) -> str:
-    return "|" + "---|" * n_left + "---:|" * n_right
 
 
 if __name__ == "__main__":

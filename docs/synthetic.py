@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from rich.progress import track
 
+from docs.pages import fill, table_row, table_rule
 from docs.synthetic_figures import draw_cohort, draw_curves, draw_epochs
 from docs.synthetic_measures import Curves, Setting, measure_cohort, measure_run, read_curves
 from mil_anchor.data.synthetic import PRESETS, SIZES, Preset, WitnessRange
@@ -33,22 +35,22 @@ def matches() -> str:
     """What the parts of a preset match, in the words of its docstring, and their values."""
     arguments = (inspect.getdoc(Preset) or "").split("Args:\n")[1].split("\n\n")[0]
     documented = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", arguments, re.DOTALL | re.MULTILINE)
-    lines = [_cells("", *(f"`{name}`" for name in PRESETS)), _rule(len(PRESETS))]
+    lines = [table_row("", *(f"`{name}`" for name in PRESETS)), table_rule(1, len(PRESETS))]
     for name, text in documented:
         values = (_value(getattr(preset, name)) for preset in PRESETS.values())
-        lines.append(_cells(f"**{name}**: {' '.join(text.split())}", *values))
+        lines.append(table_row(f"**{name}**: {' '.join(text.split())}", *values))
     return "\n".join(lines)
 
 
 def sizes() -> str:
     """Slides, tiles and widths."""
-    lines = [_cells("`data.size`", "slides", "tiles, median", "width", "GB"), _rule(4)]
+    lines = [table_row("`data.size`", "slides", "tiles, median", "width", "GB"), table_rule(1, 4)]
     for name, size in SIZES.items():
         # The mean of a log-normal variable is above its median.
         spread = PRESETS["camelyon_like"].size_spread
         n_bytes = 4 * size.n_slides * size.n_tiles * math.exp(spread**2 / 2) * size.width
         counts = (f"{size.n_slides}", f"{size.n_tiles:,}", f"{size.width}", f"{n_bytes / 1e9:.2g}")
-        lines.append(_cells(f"`{name}`", *counts))
+        lines.append(table_row(f"`{name}`", *counts))
     return "\n".join(lines)
 
 
@@ -58,12 +60,12 @@ def checks(measured: dict[str, Any]) -> str:
     lines = [
         f"Mean ± sd over {_only(worlds)} worlds of size `small`:",
         "",
-        _cells("", *(f"`{name}`" for name in PRESETS)),
-        _rule(len(PRESETS)),
+        table_row("", *(f"`{name}`" for name in PRESETS)),
+        table_rule(1, len(PRESETS)),
     ]
     for title, key, digits, factor in _CHECKS:
         of_presets = [[row[key] for row in measured["cohorts"][name]] for name in PRESETS]
-        lines.append(_cells(title, *(_mean_sd(own, digits, factor) for own in of_presets)))
+        lines.append(table_row(title, *(_mean_sd(own, digits, factor) for own in of_presets)))
     return "\n".join(lines)
 
 
@@ -83,30 +85,27 @@ def failures(measured: dict[str, Any]) -> str:
         f"Mean ± sd over {n_worlds} worlds, one run each (torch {measured['torch']}; all runs took "
         f"{minutes:.0f} minutes of one thread):",
         "",
-        _cells("", *(f"`{s.preset}` {s.size}, {s.n_epochs} epochs" for s in columns)),
-        _rule(len(columns)),
+        table_row("", *(f"`{s.preset}` {s.size}, {s.n_epochs} epochs" for s in columns)),
+        table_rule(1, len(columns)),
     ]
     for title, key, digits, factor in _FAILURES:
         if key is None:
-            lines.append(_cells(f"**{title}**", *[""] * len(columns)))
+            lines.append(table_row(f"**{title}**", *[""] * len(columns)))
             continue
         values = ([row[key] for row in settings[setting]] for setting in columns)
-        lines.append(_cells(title, *(_mean_sd(own, digits, factor) for own in values)))
+        lines.append(table_row(title, *(_mean_sd(own, digits, factor) for own in values)))
     return "\n".join(lines)
 
 
 def page(text: str, measured: dict[str, Any]) -> str:
     """The page with its generated parts."""
     parts = {
-        "matches": matches(),
-        "sizes": sizes(),
-        "checks": checks(measured),
-        "failures": failures(measured),
+        "matches": matches,
+        "sizes": sizes,
+        "checks": partial(checks, measured),
+        "failures": partial(failures, measured),
     }
-    for name, part in parts.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda m, new=part: f"{m[1]}{new}\n{m[2]}", text, flags=re.DOTALL)
-    return text
+    return fill(text, parts)
 
 
 def main() -> None:
@@ -195,14 +194,6 @@ _FAILURES: tuple[tuple[str, str | None, int, int], ...] = (
 def _mean_sd(values: Sequence[float], digits: int, factor: float) -> str:
     scaled = [factor * value for value in values]
     return f"{fmean(scaled):.{digits}f} ± {stdev(scaled):.{digits}f}"
-
-
-def _cells(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _rule(n_numbers: int) -> str:
-    return "|---|" + "---:|" * n_numbers
 
 
 def _value(value: Any) -> str:

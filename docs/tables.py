@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import hydra
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from docs.pages import fill
 from mil_anchor.composition import plugin_parts
 from mil_anchor.sites.known import KNOWN_MODELS
 from mil_anchor.targets import as_target
@@ -158,14 +158,7 @@ PARTS = {
 
 def page(text: str) -> str:
     """A page with its generated parts."""
-    for name, part in PARTS.items():
-        if f"<!-- {name} -->" not in text:
-            continue
-        new = part()
-        pattern = rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)"
-        # Once: after an empty part the pattern would match again, up to the end of the next one.
-        text = re.sub(pattern, lambda _, new=new: f"{new}\n", text, count=1, flags=re.DOTALL)
-    return text
+    return fill(text, PARTS)
 
 
 if __name__ == "__main__":

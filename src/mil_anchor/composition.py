@@ -1,4 +1,4 @@
-"""What a composed configuration must hold before anything is built of it."""
+"""What a composed configuration must hold, and what is built of it."""
 
 import inspect
 from collections.abc import Iterator
@@ -6,7 +6,11 @@ from types import NoneType
 from typing import Any, get_args
 
 import hydra
+from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf
+
+from mil_anchor.data.datamodule import BagDataModule
+from mil_anchor.module import MILModule
 
 _SAID = {bool: "true or false", int: "a whole number", float: "a number", NoneType: "null"}
 _PLAIN = set(_SAID)
@@ -59,6 +63,29 @@ def plugin_parts(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
         yield "plugin", OmegaConf.create(own, parent=config)
     for name, node in config.plugin.get("also", {}).items():
         yield f"plugin.also.{name}", node
+
+
+def build_plugins(config: DictConfig) -> list[Callback]:
+    """The callbacks of the plug-in."""
+    return [hydra.utils.instantiate(node) for _, node in plugin_parts(config)]
+
+
+def build_module(config: DictConfig, data: BagDataModule) -> MILModule:
+    """The model for the widths and classes of the data, in the module that trains it."""
+    model = hydra.utils.instantiate(
+        config.model, in_features=data.in_features, n_classes=data.n_classes
+    )
+    module: MILModule = hydra.utils.instantiate(
+        config.module, model=model, n_classes=data.n_classes
+    )
+    return module
+
+
+def named_site(config: DictConfig) -> Any:
+    """The attention block that the configuration names: a site, a path, or None."""
+    return (
+        hydra.utils.instantiate(config.site) if isinstance(config.site, DictConfig) else config.site
+    )
 
 
 def _check_group(path: str, node: DictConfig) -> None:

@@ -20,7 +20,7 @@ from mil_anchor.callbacks.bag_features import FEATURES_FOLDER, BagFeatures
 from mil_anchor.callbacks.evaluated import evaluated_weights
 from mil_anchor.callbacks.monitor import AttentionMonitor, read_attention
 from mil_anchor.callbacks.random_state import RandomState
-from mil_anchor.composition import check_arguments, plugin_parts
+from mil_anchor.composition import build_module, build_plugins, check_arguments, named_site
 from mil_anchor.data.bags import BagSequence
 from mil_anchor.data.datamodule import BagDataModule
 from mil_anchor.data.folder import SlideDataModule
@@ -100,11 +100,11 @@ def run(config: DictConfig) -> dict[str, Any]:
         return done
 
     # First of all what can be wrong without looking at data.
-    plugins = _plugins(config)
+    plugins = build_plugins(config)
     seed_everything(config.seed, workers=True, verbose=False)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    maps = MapRecorder(_site(config), path=folder / MAPS_FILE)
+    maps = MapRecorder(named_site(config), path=folder / MAPS_FILE)
     callbacks = [*plugins, _monitor(config, folder), maps, *_fixed_callbacks(config)]
     if config.bag_features:
         callbacks.append(BagFeatures(path=folder / FEATURES_FOLDER))
@@ -129,12 +129,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         write_parts(folder / "split.csv", data)
     maps.epochs_of = _ranked(data.val_bags)[: config.maps]
-    model = hydra.utils.instantiate(
-        config.model, in_features=data.in_features, n_classes=data.n_classes
-    )
-    module: MILModule = hydra.utils.instantiate(
-        config.module, model=model, n_classes=data.n_classes
-    )
+    module = build_module(config, data)
     _fit(trainer, module, data, folder / "checkpoints" / "last.ckpt")
     if not best.best_model_path:
         raise ValueError(
@@ -166,19 +161,9 @@ def run(config: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def _plugins(config: DictConfig) -> list[Callback]:
-    return [hydra.utils.instantiate(node) for _, node in plugin_parts(config)]
-
-
-def _site(config: DictConfig) -> Any:
-    return (
-        hydra.utils.instantiate(config.site) if isinstance(config.site, DictConfig) else config.site
-    )
-
-
 def _monitor(config: DictConfig, folder: Path) -> AttentionMonitor:
     # Not strict: a model trains without a plug-in whether or not its attention can be found.
-    return AttentionMonitor(_site(config), path=folder / "attention.csv", strict=False)
+    return AttentionMonitor(named_site(config), path=folder / "attention.csv", strict=False)
 
 
 def _data(config: DictConfig, trainer: Trainer) -> BagDataModule:

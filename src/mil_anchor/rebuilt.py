@@ -15,7 +15,7 @@ from torch import Tensor
 from mil_anchor.anchor import Anchor
 from mil_anchor.callbacks.anchor import AnchorCallback
 from mil_anchor.callbacks.recorder import AttentionRecorder
-from mil_anchor.composition import plugin_parts
+from mil_anchor.composition import build_module, build_plugins, named_site
 from mil_anchor.data.datamodule import BagDataModule
 from mil_anchor.inspection import inspect_model
 from mil_anchor.module import MILModule
@@ -73,11 +73,7 @@ def rebuild(folder: Path) -> RebuiltRun:
     try:
         data: BagDataModule = hydra.utils.instantiate(config.data)
         data.setup("fit")
-        shape = {"in_features": data.in_features, "n_classes": data.n_classes}
-        model = hydra.utils.instantiate(config.model, **shape)
-        module: MILModule = hydra.utils.instantiate(
-            config.module, model=model, n_classes=data.n_classes
-        )
+        module = build_module(config, data)
         checkpoint = _load_checkpoint(folder)
         trained = checkpoint.get("current_model_state", checkpoint["state_dict"])
         module.load_state_dict(trained)
@@ -95,7 +91,7 @@ def validation_scores(run: RebuiltRun) -> RawScores:
     Raises:
         ValueError: The attention of the model is not found.
     """
-    plugins = [hydra.utils.instantiate(node) for _, node in plugin_parts(run.config)]
+    plugins = build_plugins(run.config)
     callback = next((own for own in plugins if isinstance(own, AnchorCallback)), None)
     state = None if callback is None else run.checkpoint["callbacks"].get(callback.state_key)
     site = _site(run, callback)
@@ -127,9 +123,7 @@ def _load_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _site(run: RebuiltRun, callback: AnchorCallback | None) -> Site:
-    named = run.config.site
-    if isinstance(named, DictConfig):
-        named = hydra.utils.instantiate(named)
+    named = named_site(run.config)
     if callback is not None and callback.site is not None:
         named = callback.site
     if named is not None:
@@ -154,6 +148,4 @@ def _scores(
             if anchor is not None:
                 own = anchor.apply(recorder.site.rescore, attention.inputs)
                 scores = own.masked_fill(scores == -torch.inf, -torch.inf)
-            for index, of_bag in enumerate(scores):
-                real = slice(None) if attention.mask is None else attention.mask[index]
-                yield of_bag[:, real]
+            yield from attention.by_bag(scores)

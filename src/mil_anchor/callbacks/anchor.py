@@ -1,7 +1,7 @@
 """AnchorCallback: holds a model's attention to an EMA of its own attention block."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -17,7 +17,8 @@ from typing_extensions import override
 from mil_anchor.anchor import STARTS, Anchor, check_decay, has_lazy_parameters
 from mil_anchor.attention import log_softmax
 from mil_anchor.callbacks.evaluated import EvaluatedWeights
-from mil_anchor.callbacks.processes import is_distributed, tell
+from mil_anchor.callbacks.optimizers import has_moved, parameters_of
+from mil_anchor.callbacks.processes import share, tell
 from mil_anchor.callbacks.regularizer import AttentionRegularizer
 from mil_anchor.matching import REDUCTIONS, attention_distance, bag_feature_distance
 from mil_anchor.schedules import Constant, Schedule
@@ -193,7 +194,7 @@ class AnchorCallback(EvaluatedWeights, AttentionRegularizer):
         super().on_train_epoch_end(trainer, pl_module)
         if self.update == "epoch" and self._anchor is not None:
             self._anchor.update()
-            _share(self._anchor.block.buffers())
+            share(self._anchor.block.buffers())
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -241,7 +242,7 @@ class AnchorCallback(EvaluatedWeights, AttentionRegularizer):
             self._saved = {}
         elif start == "random":
             # Each process has drawn its own.
-            _share(chain(self._anchor.block.parameters(), self._anchor.block.buffers()))
+            share(chain(self._anchor.block.parameters(), self._anchor.block.buffers()))
 
     def _anchor_scores(self, attention: RecordedAttention) -> Float[Tensor, "bag row instance"]:
         if self._anchor is None:  # lazy parameters exist only now
@@ -255,7 +256,7 @@ class AnchorCallback(EvaluatedWeights, AttentionRegularizer):
         """Move the anchor after each step of the optimizers that own the block's parameters."""
         block = {id(parameter) for parameter in self.online.block.parameters()}
         for optimizer in self.module.trainer.optimizers:
-            owned = [p for g in optimizer.param_groups for p in g["params"] if id(p) in block]
+            owned = [p for p in parameters_of(optimizer) if id(p) in block]
             if owned:
                 self._handles.append(optimizer.register_step_post_hook(self._on_step(owned)))
         if not self._handles:
@@ -266,13 +267,9 @@ class AnchorCallback(EvaluatedWeights, AttentionRegularizer):
 
     def _on_step(self, owned: list[Tensor]) -> Any:
         def move(optimizer: Any, *_: Any) -> None:
-            # A fused optimizer is called in a step that it then skips, for the AMP scaler.
-            if bool(getattr(optimizer, "found_inf", False)):
-                return
-            # A training step that returns None still calls optimizer.step, without gradients.
-            if self._anchor is not None and any(p.grad is not None for p in owned):
+            if self._anchor is not None and has_moved(optimizer, owned):
                 self._anchor.update(owned)
-                _share(self._anchor.block.buffers())
+                share(self._anchor.block.buffers())
 
         return move
 
@@ -286,13 +283,6 @@ class AnchorCallback(EvaluatedWeights, AttentionRegularizer):
 def _is_endless(trainer: Trainer) -> bool:
     """Whether only a clock or an exception ends the fit."""
     return trainer.max_epochs == -1 and trainer.max_steps == -1
-
-
-def _share(tensors: Iterable[Tensor]) -> None:
-    """Give all processes the first one's: after a step parameters are equal, buffers are not."""
-    if is_distributed():
-        for tensor in tensors:
-            torch.distributed.broadcast(tensor, src=0)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mil_anchor.callbacks.processes import gather_objects
-from mil_anchor.callbacks.recorder import CallRecorder, batch_entry
+from mil_anchor.callbacks.recorder import CallRecorder, bag_ids, batch_entry
 from mil_anchor.sites.base import ModuleCall, describe, find_submodule, tensors_in
 
 FEATURES_FOLDER = "bag_features"
@@ -111,11 +111,9 @@ class BagFeatures(Callback):
         except ValueError as error:
             self._why_not = str(error)
             return
-        ids = batch_entry(batch, "bag_id")
-        if ids is None:
-            ids = [f"{dataloader_idx}:{batch_idx}:{index}" for index in range(len(labels))]
+        ids = bag_ids(batch, len(labels), f"{dataloader_idx}:{batch_idx}")
         for bag_id, label, feature in zip(ids, labels, features, strict=True):
-            self._of_bags[str(bag_id)] = label, feature
+            self._of_bags[bag_id] = label, feature
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

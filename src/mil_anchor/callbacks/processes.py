@@ -1,7 +1,7 @@
 """What the processes of a distributed run tell each other, and what they must hold."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,13 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def share(tensors: Iterable[Tensor]) -> None:
+    """Give all processes rank 0's: after a step parameters are equal, buffers are not."""
+    if is_distributed():
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, src=0)
 
 
 def is_distributed() -> bool:

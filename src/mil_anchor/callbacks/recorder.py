@@ -178,8 +178,19 @@ class AttentionRecorder(CallRecorder):
         """
         calls = self.take(batch)
         self.stop()
-        attention = [bag for call in calls for bag in _attention_by_bag(call)]
-        return dict(zip(_bag_ids(batch, len(attention), position), attention, strict=True))
+        attention = [
+            of_bag
+            for call in calls
+            for of_bag in call.by_bag(log_softmax(call.scores, call.mask).float().cpu())
+        ]
+        ids = bag_ids(batch, len(attention), position)
+        if len(ids) != len(attention):
+            raise ValueError(
+                "There must be one attention per bag, but the attention block gave "
+                f"{len(attention)} for the {len(ids)} bags {ids}. Name a block that sees whole "
+                "bags."
+            )
+        return dict(zip(ids, attention, strict=True))
 
 
 class _Hook:
@@ -242,23 +253,11 @@ def n_bags_of(batch: Any) -> int | None:
     return None
 
 
-def _attention_by_bag(call: RecordedAttention) -> list[Float[Tensor, "row instance"]]:
-    """Log-attention of each bag, real instances only."""
-    log_attention = log_softmax(call.scores, call.mask).float().cpu()
-    if call.mask is None:
-        return list(log_attention)
-    return [bag[:, real] for bag, real in zip(log_attention, call.mask.cpu(), strict=True)]
-
-
-def _bag_ids(batch: Any, n_bags: int, position: str) -> list[str]:
+def bag_ids(batch: Any, n_bags: int, position: str) -> list[str]:
+    """The ids that a batch gives its bags, or names after its position in the epoch."""
     ids = batch_entry(batch, "bag_id")
     if ids is None:
         return [f"{position}:{index}" for index in range(n_bags)]
-    if len(ids) != n_bags:
-        raise ValueError(
-            "There must be one attention per bag, but the attention block gave "
-            f"{n_bags} for the {len(ids)} bags {list(ids)}. Name a block that sees whole bags."
-        )
     return [str(bag_id) for bag_id in ids]
 
 

@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from mil_anchor.anchor import check_decay
 from mil_anchor.callbacks.evaluated import EvaluatedWeights
-from mil_anchor.callbacks.processes import is_distributed, tell
+from mil_anchor.callbacks.optimizers import has_moved, parameters_of
+from mil_anchor.callbacks.processes import share, tell
 from mil_anchor.schedules import warmed_up
 
 # What normalisation layers average by themselves, in PyTorch's naming.
@@ -83,7 +84,7 @@ class SlowWeights(EvaluatedWeights):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The weights are final: loaded, and broadcast from rank 0.
-        owned = {id(p) for optimizer in trainer.optimizers for p in _parameters_of(optimizer)}
+        owned = {id(p) for optimizer in trainer.optimizers for p in parameters_of(optimizer)}
         self._slow = {
             name: _average_of(tensor)
             for name, tensor in _averaged(pl_module)
@@ -142,12 +143,8 @@ class SlowWeights(EvaluatedWeights):
         statistics = list(_statistics_in(module))
 
         def follow(optimizer: Optimizer, *_: Any) -> None:
-            # A fused optimizer is called in a step that it then skips, for the AMP scaler.
-            if bool(getattr(optimizer, "found_inf", False)):
-                return
-            owned = [(names[id(p)], p) for p in _parameters_of(optimizer) if id(p) in names]
-            # A training step that returns None still calls optimizer.step, without gradients.
-            if any(parameter.grad is not None for _, parameter in owned):
+            owned = [(names[id(p)], p) for p in parameters_of(optimizer) if id(p) in names]
+            if has_moved(optimizer, (parameter for _, parameter in owned)):
                 buffers = [(name, getattr(layer, leaf)) for name, layer, leaf in statistics]
                 self._move(index, [*owned, *buffers])
 
@@ -186,10 +183,7 @@ class SlowWeights(EvaluatedWeights):
 
     def _share_statistics(self) -> None:
         """Give all processes rank 0's running statistics: only parameters agree by themselves."""
-        if is_distributed():
-            for name, average in self._slow.items():
-                if name.endswith(_STATISTICS):
-                    torch.distributed.broadcast(average, src=0)
+        share(average for name, average in self._slow.items() if name.endswith(_STATISTICS))
 
     def _let_go(self) -> None:
         for handle in self._handles:
@@ -221,7 +215,3 @@ def _can_be_averaged(tensor: Tensor) -> bool:
 def _average_of(tensor: Tensor) -> Tensor:
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     return tensor.detach().to(dtype, copy=True)
-
-
-def _parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
-    return (parameter for group in optimizer.param_groups for parameter in group["params"])

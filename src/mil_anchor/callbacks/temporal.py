@@ -109,12 +109,9 @@ class TemporalEnsembleCallback(AttentionRegularizer):
     @override
     def penalty(self, attention: RecordedAttention) -> Float[Tensor, "bag row"]:
         log_online = log_softmax(attention.scores, attention.mask)
-        of_bags = []
-        for index, bag_id in enumerate(self._next_ids(len(log_online))):
-            of_bag = log_online[index]
-            real = slice(None) if attention.mask is None else attention.mask[index]
-            of_bags.append(self._visit(bag_id, of_bag[:, real]))
-        return torch.stack(of_bags)
+        ids = self._next_ids(len(log_online))
+        of_bags = zip(ids, attention.by_bag(log_online), strict=True)
+        return torch.stack([self._visit(bag_id, of_bag) for bag_id, of_bag in of_bags])
 
     @override
     def log_values(self, penalty: Tensor) -> dict[str, Tensor]:

@@ -80,6 +80,13 @@ class RecordedAttention(NamedTuple):
     mask: Bool[Tensor, "bag instance"] | None
     inputs: Any
 
+    def by_bag(self, values: Float[Tensor, "bag row instance"]) -> list[Float[Tensor, "row _"]]:
+        """Values that belong to the scores, bag by bag, real instances only."""
+        if self.mask is None:
+            return list(values)
+        masks = self.mask.to(values.device)
+        return [of_bag[:, real] for of_bag, real in zip(values, masks, strict=True)]
+
 
 class Site(ABC):
     """Where a model keeps its attention; a kind of your own is a subclass with these six methods.
