@@ -163,7 +163,8 @@ def test_conf__every_trainer_and_logger__has_known_arguments_only(name):
 def test_conf__cpu_trainer_and_logger__are_built(tmp_path):
     config = composed(folder=tmp_path)
 
-    trainer = hydra.utils.instantiate(config.trainer, logger=hydra.utils.instantiate(config.logger))
+    logger = list(hydra.utils.instantiate(config.logger).values())
+    trainer = hydra.utils.instantiate(config.trainer, logger=logger)
 
     assert trainer.max_epochs == 40  # the data set's protocol wins over the trainer's
     assert Path(trainer.log_dir) == tmp_path / "logs" / "version_0"

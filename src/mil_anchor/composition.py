@@ -50,7 +50,9 @@ def check_arguments(config: DictConfig) -> None:
 def _groups(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
     """The parts that are built."""
     yield from plugin_parts(config)
-    for name in ("model", "data", "module", "trainer", "logger"):
+    for name in config.logger:
+        yield f"logger.{name}", config.logger._get_node(name)
+    for name in ("model", "data", "module", "trainer"):
         node = config._get_node(name)
         if isinstance(node, DictConfig):
             yield name, node

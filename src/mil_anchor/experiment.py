@@ -3,6 +3,7 @@
 import copy
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from mil_anchor.module import MILModule, Prediction
 from mil_anchor.results import attention_summary
 from mil_anchor.run_folder import (
     folder_name,
+    held,
     prepare_folder,
     write_metrics,
     write_parts,
@@ -64,6 +66,7 @@ class Config:
     threads: int | None = None
     early_stopping: int | None = None
     maps: int = MISSING
+    test: bool = MISSING
     bag_features: bool = MISSING
 
 
@@ -90,8 +93,13 @@ def run(config: DictConfig) -> dict[str, Any]:
         ValueError: The configuration or the data is wrong, or the folder holds another run.
     """
     _log_to_hydra()
-    check_arguments(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
+    with held(folder):
+        check_arguments(config)
+        return _run(config, folder)
+
+
+def _run(config: DictConfig, folder: Path) -> dict[str, Any]:
     resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     done = prepare_folder(folder, resolved)
     if done is not None:
@@ -121,7 +129,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     trainer: Trainer = hydra.utils.instantiate(
         config.trainer,
         callbacks=[*callbacks, timer, best],
-        logger=hydra.utils.instantiate(config.logger),
+        logger=list(hydra.utils.instantiate(config.logger).values()),
         default_root_dir=str(folder),
         enable_model_summary=False,
     )
@@ -138,7 +146,10 @@ def run(config: DictConfig) -> dict[str, Any]:
             "Train longer, without fast_dev_run or limits on validation."
         )
     evaluated: dict[str, float | str] = {}
-    evaluated |= _evaluate(trainer, module, data, maps=maps, checkpoint=best.best_model_path)
+    parts = ("val", "test") if config.test else ("val",)
+    evaluated |= _evaluate(
+        trainer, module, data, parts=parts, maps=maps, checkpoint=best.best_model_path
+    )
     attention = folder / "attention.csv"
     evaluated |= attention_summary(read_attention(attention) if attention.exists() else [])
     if trainer.is_global_zero:
@@ -210,19 +221,23 @@ def _evaluate(
     module: MILModule,
     data: BagDataModule,
     *,
+    parts: Sequence[str],
     maps: MapRecorder,
     checkpoint: str,
 ) -> dict[str, float]:
-    """Metrics of the chosen checkpoint on validation and test bags; writes its predictions."""
+    """Metrics of the chosen checkpoint on parts of the data; writes its predictions."""
     if maps.site is None and maps.found is None and not maps.gave_up:
         maps.found = _site_without_a_fit(module, data)
     metrics: dict[str, float] = {}
     rows: list[tuple[str, Prediction]] = []
-    for part, evaluate in (("val", trainer.validate), ("test", trainer.test)):
+    evaluate_of = {"val": trainer.validate, "test": trainer.test}
+    for part in parts:
         if part not in data.parts:
             log.warning("No slides for %s, so nothing is measured there.", part)
             continue
-        metrics |= evaluate(module, datamodule=data, ckpt_path=checkpoint, verbose=False)[0]
+        metrics |= evaluate_of[part](module, datamodule=data, ckpt_path=checkpoint, verbose=False)[
+            0
+        ]
         rows += [(part, prediction) for prediction in module.predictions]
     if trainer.is_global_zero:
         if isinstance(data, SlideDataModule) and not maps.path.exists() and not maps.gave_up:

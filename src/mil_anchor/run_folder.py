@@ -4,10 +4,14 @@ import csv
 import io
 import json
 import shutil
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,11 +20,13 @@ from mil_anchor.maps.file import MAPS_FILE
 from mil_anchor.module import Prediction
 from mil_anchor.results import METRICS_FILE, read_metrics
 
+ERROR_FILE = "error.txt"
 # What may differ between an interrupted run and the one that continues it.
 _NOT_COMPARED = {
     "resume",
     "out",
     "logger",
+    "threads",
     "trainer.enable_progress_bar",
     "data.keep_in_memory",
 }
@@ -29,12 +35,14 @@ _LONGEST_NAME = 180
 # What a run writes besides its configuration.
 _FILES = (
     METRICS_FILE,
+    ERROR_FILE,
     "split.csv",
     "predictions.csv",
     "attention.csv",
     MAPS_FILE,
     "localization.csv",
 )
+_CONFIG_FILE = "config.yaml"
 _FOLDERS = ("checkpoints", "logs", "heatmaps", "bag_features")
 
 
@@ -50,33 +58,83 @@ def folder_name(names: DictConfig, seed: int, fold: int, overrides: str) -> str:
     return "/".join((names.model, names.plugin, names.data, own))
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run folder against other processes, and keep in it why the run failed, if it does.
+
+    ``error.txt`` has the traceback. A process that is killed lets go of the folder, too.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"A run folder must be written by one process at a time, but another is running in "
+            f"{folder}. Wait until it is done, or choose another out=..."
+        ) from error
+    try:
+        (folder / ERROR_FILE).unlink(missing_ok=True)
+        yield
+    except Exception:
+        # What is wrong with this command says nothing of a run that is complete.
+        if not (folder / METRICS_FILE).exists():
+            write_text(folder / ERROR_FILE, traceback.format_exc())
+        raise
+    finally:
+        lock.release()
+
+
+def completed(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a run that is complete, or None if there is something left to do.
+
+    Args:
+        folder: Of the run.
+        resolved: The configuration to be run in it.
+
+    Raises:
+        ValueError: The folder holds a run of another configuration.
+    """
+    if not resolved["resume"] or not _is_begun(folder):
+        return None
+    earlier: Any = OmegaConf.to_container(OmegaConf.load(folder / _CONFIG_FILE))
+    changed = sorted(_flat(earlier).items() ^ _flat(resolved).items())
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run of another configuration; these differ: "
+            f"{sorted({key for key, _ in changed})}. Choose another out=..., or resume=false "
+            "to replace that run."
+        )
+    return read_metrics(folder) if (folder / METRICS_FILE).exists() else None
+
+
 def prepare_folder(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | None:
     """Make the folder ready; the result if it holds a complete run of this configuration.
 
     Nothing is left of a run that is not continued: one that ``resume=false`` replaces, or that
     stopped before its first checkpoint, perhaps on other data.
+
+    Raises:
+        ValueError: The folder holds a run of another configuration.
     """
-    file = folder / "config.yaml"
-    begun = any((folder / name).exists() for name in (METRICS_FILE, "checkpoints/last.ckpt"))
-    if resolved["resume"] and begun:
-        earlier: Any = OmegaConf.to_container(OmegaConf.load(file))
-        changed = sorted(_flat(earlier).items() ^ _flat(resolved).items())
-        if changed:
-            raise ValueError(
-                f"{folder} holds a run of another configuration; these differ: "
-                f"{sorted({key for key, _ in changed})}. Choose another out=..., or resume=false "
-                "to replace that run."
-            )
-        if (folder / METRICS_FILE).exists():
-            return read_metrics(folder)
+    done = completed(folder, resolved)
+    if done is not None:
+        return done
+    file = folder / _CONFIG_FILE
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        if not resolved["resume"] or (file.exists() and not begun):
+        if not resolved["resume"] or (file.exists() and not _is_begun(folder)):
             for name in _FILES:
                 (folder / name).unlink(missing_ok=True)
             for name in _FOLDERS:
                 shutil.rmtree(folder / name, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(file, OmegaConf.to_yaml(OmegaConf.create(resolved)))
+        write_text(file, OmegaConf.to_yaml(OmegaConf.create(resolved)))
     return None
 
 
@@ -100,7 +158,7 @@ def write_parts(file: Path, data: BagDataModule) -> None:
             f"of the data differ from {file} now. Choose another out=..., or resume=false to "
             "replace that run."
         )
-    _write(file, text.getvalue())
+    write_text(file, text.getvalue())
 
 
 def write_predictions(file: Path, rows: list[tuple[str, Prediction]]) -> None:
@@ -115,19 +173,26 @@ def write_predictions(file: Path, rows: list[tuple[str, Prediction]]) -> None:
 @rank_zero_only
 def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     """Write ``metrics.json``: last of all files and in one piece, for it says "complete"."""
-    _write(folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+    write_text(folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file in one piece: nobody reads half of it."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(file)
+
+
+def _is_begun(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (METRICS_FILE, "checkpoints/last.ckpt"))
 
 
 def _flat(node: Any, path: str = "") -> dict[str, str]:
     if path in _NOT_COMPARED:
         return {}
+    if path == "trainer.devices" and isinstance(node, list):
+        node = len(node)  # which of them does not matter
     if not isinstance(node, dict):
         return {path: repr(node)}
     children = (_flat(child, f"{path}.{name}".lstrip(".")) for name, child in node.items())
     return {key: value for child in children for key, value in child.items()}
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(file)

@@ -1,0 +1,1 @@
+"""Sweeps: many runs, each its own job, that go on where they stopped."""
