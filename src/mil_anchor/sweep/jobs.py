@@ -69,7 +69,7 @@ class SweepTable:
             writer = csv.writer(text, lineterminator="\n")
             writer.writerow(Job._fields)
             for row in rows.values():
-                writer.writerow(row._replace(state=row.state.value, seconds=f"{row.seconds:.1f}"))
+                writer.writerow(_cells(row))
             write_text(self.file, text.getvalue())
 
     def jobs(self, sweep: str | None = None) -> list[Job]:
@@ -79,6 +79,11 @@ class SweepTable:
         with self.file.open(newline="") as stream:
             rows = [_job(row) for row in csv.DictReader(stream)]
         return [row for row in rows if sweep in (None, row.sweep)]
+
+
+def _cells(job: Job) -> list[Any]:
+    rounded = job._asdict() | {"state": job.state.value, "seconds": f"{job.seconds:.1f}"}
+    return list(rounded.values())
 
 
 def _job(row: dict[str, Any]) -> Job:
