@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from mil_anchor import AnchorCallback, RandomState
+from mil_anchor import AnchorCallback, AttentionMonitor, RandomState, TemporalEnsembleCallback
 from tests.callbacks.tiny import (
     assert_equal_states,
     make_loader,
@@ -117,6 +117,35 @@ def test_anchor_callback__checkpoint_without_plugin__starts_from_its_weights_and
 
     assert_equal_states(module.seen, parameters_of(subject.block_of(trained)))
     assert "holds no anchor" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda site: AnchorCallback(site, weight=0.5, decay=0.9),
+        lambda site: TemporalEnsembleCallback(site, weight=0.5, decay=0.9),
+        AttentionMonitor,
+    ],
+    ids=["anchor", "temporal", "monitor"],
+)
+def test_callbacks__site_found_then_and_named_now__go_on_with_what_they_knew(tmp_path, make):
+    def fit(folder, site, *, epochs, ckpt_path=None):
+        module, callback = seeded_module(), make(site)
+        trainer = make_trainer(folder, callback, RandomState(), max_epochs=epochs)
+        trainer.fit(module, make_loader(shuffle=True), make_loader(), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(folder / "last.ckpt")
+        return parameters_of(module), folder / "attention.csv"
+
+    whole = fit(tmp_path / "whole", None, epochs=3)
+    fit(tmp_path / "halves", None, epochs=2)
+    last = tmp_path / "halves" / "last.ckpt"
+    resumed = fit(tmp_path / "halves", "net.attention", epochs=3, ckpt_path=last)
+
+    assert_equal_states(whole[0], resumed[0])
+    if make is AttentionMonitor:
+        assert resumed[1].read_bytes() == whole[1].read_bytes()
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])

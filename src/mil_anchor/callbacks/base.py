@@ -93,6 +93,23 @@ class AttentionCallback(Callback, ABC):
         return self._recorder
 
     @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        # The site is a part of the key, and may have been found then and be named now.
+        own = f"{type(self).__name__}{{"
+        states = checkpoint.get("callbacks", {})
+        keys = [key for key in states if key.startswith(own)]
+        alike = [
+            callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if type(callback) is type(self)
+        ]
+        if self.state_key not in states and len(keys) == len(alike) == 1:
+            self.load_state_dict(states[keys[0]])
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.site is None:
             site, is_certain = known_site(pl_module)
