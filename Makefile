@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo report test check clean
 
 help: ## show what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -23,6 +23,11 @@ demo: $(READY) ## ABMIL and TransMIL with and without the plug-in on real data: 
 	$(BIN)/python run.py -m +experiment=demo
 	$(BIN)/python -m mil_anchor report outputs/demo
 	$(BIN)/python -m mil_anchor figures outputs/demo
+
+report: $(READY) ## the plug-in table on real and on synthetic data: one HTML page
+	$(BIN)/python run.py -m +experiment=report
+	$(BIN)/python run.py -m +experiment=report_synthetic
+	$(BIN)/python -m mil_anchor report outputs/report
 
 test: $(READY) ## all tests
 	$(BIN)/python -m pytest -q -m ""
