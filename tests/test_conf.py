@@ -1,5 +1,6 @@
 import copy
 import inspect
+import math
 from pathlib import Path
 
 import h5py
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from lightning.pytorch import Callback, Trainer
 from omegaconf import OmegaConf
@@ -170,10 +172,8 @@ def test_conf__cpu_trainer_and_logger__are_built(tmp_path):
     assert Path(trainer.log_dir) == tmp_path / "logs" / "version_0"
 
 
-def _jobs(group, name):
-    """Overrides of the jobs that a prepared sweep makes: of every value one at least."""
-    file = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
-    params = file.get("hydra", {}).get("sweeper", {}).get("params", {})
+def _jobs(params):
+    """Overrides of the jobs of a sweep over these values: of every value one at least."""
     values = [
         [f"{key}={value}" for value in str(values).split(",")] for key, values in params.items()
     ]
@@ -181,19 +181,58 @@ def _jobs(group, name):
         yield [own[index % len(own)] for own in values]
 
 
-@pytest.mark.parametrize(
-    ("group", "name"),
-    [(group, name) for group in ("experiment", "sweep") for name in _options(group)],
-)
-def test_conf__every_prepared_sweep__trains_a_step_of_each_job_and_says_what_it_asks(group, name):
-    question = (CONF / group / f"{name}.yaml").read_text().splitlines()[1]
+def _question(file):
+    return file.read_text().splitlines()[1]
 
-    composed(f"+{group}={name}")  # what Hydra does before the first job
-    for job in _jobs(group, name):
-        _train_a_step(composed(f"+{group}={name}", *job, "hidden=16"))
+
+@pytest.mark.parametrize("name", _options("experiment"))
+def test_conf__every_experiment__trains_a_step_of_each_job_and_says_what_it_asks(name):
+    question = _question(CONF / "experiment" / f"{name}.yaml")
+    composed(f"+experiment={name}")  # what Hydra does before the first job
+
+    for job in _jobs(HydraConfig.get().sweeper.params or {}):
+        _train_a_step(composed(f"+experiment={name}", *job, "hidden=16"))
 
     assert question.startswith("# ")
     assert question.endswith("?")
+
+
+def _job_set(name):
+    """How many jobs an experiment makes, and of which models and plug-ins."""
+    composed(f"+experiment={name}")
+    params = {key: str(value).split(",") for key, value in HydraConfig.get().sweeper.params.items()}
+    return math.prod(map(len, params.values())), set(params["model"]), set(params["plugin"])
+
+
+def test_conf__tables_of_the_paper__have_its_rows():
+    models = {"abmil", "clam_sb", "transmil", "dsmil"}
+
+    assert _job_set("table2") == (60, models, {"none", "anchor", "anchor_nsf"})
+    assert _job_set("table3") == (30, {"asmil"}, {"none", "anchor", "anchor_nsf"})
+    for name in ("report", "report_synthetic"):
+        assert _job_set(name) == (80, models, {"none", "anchor", "anchor_nsf", "aem"})
+
+
+@pytest.mark.parametrize("name", ["report", "report_synthetic"])
+def test_conf__report__has_another_fold_for_each_seed_and_both_in_one_folder(name):
+    config = composed(f"+experiment={name}", "seed=3")
+
+    assert config.data.fold == 3
+    assert config.out == "outputs/report"
+    assert config.maps == (2 if name == "report_synthetic" else 0)
+
+
+@pytest.mark.parametrize("name", _options("sweep"))
+def test_conf__every_search__trains_a_step_and_sees_validation_only(name, tmp_path):
+    config = composed(f"sweep={name}", "plugin=anchor", f"out={tmp_path}", "hidden=16")
+    sweeper = HydraConfig.get().sweeper
+
+    _train_a_step(config)
+    assert _question(CONF / "sweep" / f"{name}.yaml").endswith("?")
+    assert not config.test
+    assert sweeper.storage == f"sqlite:///{tmp_path}/search.db"
+    assert set(sweeper.params) == {"plugin.weight", "plugin.decay", "module.lr"}
+    assert sweeper.max_failure_rate == 1.0
 
 
 def test_conf__every_file__is_reached_by_these_tests():

@@ -40,7 +40,8 @@ def test_run__complete__writes_the_whole_run_folder(tmp_path):
     metrics = _run(tmp_path, "plugin=anchor_nsf", "data.fold=1", "seed=3")
 
     assert {file.name for file in tmp_path.iterdir()} >= RUN_FILES
-    assert torch.get_num_threads() == 1  # the data set's
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["n_threads"] == 1  # the data set's
     # Written last, and by a rename.
     written = {name: (tmp_path / name).stat().st_mtime_ns for name in RUN_FILES}
     assert max(written, key=written.__getitem__) == "metrics.json"
@@ -49,6 +50,8 @@ def test_run__complete__writes_the_whole_run_folder(tmp_path):
     names = {"model": "abmil", "plugin": "anchor_nsf", "data": "ucsb_breast", "seed": 3, "fold": 1}
     assert metrics | names == metrics
     assert {"test/f1", "test/auroc", "test/accuracy", "val/score", "time/fit_s"} <= metrics.keys()
+    costs = ("flops_step", "instances_step", "peak_memory_mb", "flops_inference")
+    assert all(metrics[f"cost/{name}"] > 0 for name in costs)
     with (tmp_path / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert set(rows[0]) == {"bag_id", "label", "split", "prob_0", "prob_1"}
@@ -77,7 +80,9 @@ def test_run__weight_0__equals_no_plugin(tmp_path):
     bare = _run(tmp_path / "bare")
     zero = _run(tmp_path / "zero", "plugin=anchor_nsf", "plugin.weight=0.0")
 
-    assert _without_times(bare) | {"plugin": "anchor_nsf"} == _without_times(zero)
+    # But for what it costs to measure.
+    own = {"plugin", "cost/flops_step", "cost/peak_memory_mb"}
+    assert {key for key, value in _without_times(zero).items() if value != bare[key]} == own
 
 
 def test_run__complete_folder__is_not_run_again_unless_asked(tmp_path):

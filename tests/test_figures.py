@@ -17,14 +17,17 @@ from mil_anchor.figures import (
     concentration_figure,
     draw_figures,
     jsd_figure,
+    reliability_figure,
     targets_figure,
     tsne_figure,
 )
 from mil_anchor.figures.embedding import shown_epochs
 from mil_anchor.figures.style import COLORS, line_styles
 from mil_anchor.figures.targets import relative_targets
+from mil_anchor.module import Prediction
 from mil_anchor.rebuilt import rebuild, validation_scores
 from mil_anchor.results import Run, read_runs
+from mil_anchor.run_folder import write_predictions
 from mil_anchor.targets import SoftmaxTarget, as_target
 from tests.composing import composed
 
@@ -347,6 +350,69 @@ def test_targets__data_gone__says_so_and_other_figures_are_drawn(
     assert "'lost' came" in caplog.text
 
 
+def _write_probabilities(run, probabilities, *, labels=None, part="test"):
+    """Of class 1, of bags of class 1 unless labels are given."""
+    rows = [
+        (part, Prediction(f"b{index}", 1 if labels is None else labels[index], [1 - own, own]))
+        for index, own in enumerate(probabilities)
+    ]
+    write_predictions(run.folder / "predictions.csv", rows)
+
+
+def test_reliability__lines_and_shares__are_means_over_runs_of_each_bin(tmp_path):
+    runs = [_write_run(tmp_path, seed=seed) for seed in range(3)]
+    # Bins of a fifteenth: 0.9 lies in the 14th, 0.95 and 0.99 in the 15th, 0.7 in the 11th.
+    _write_probabilities(runs[0], [0.9, 0.9, 0.1, 0.99])
+    _write_probabilities(runs[1], [0.95, 0.99])
+    _write_probabilities(runs[2], [0.7, 0.9], part="val")
+
+    curve, share = reliability_figure(runs).axes
+
+    assert curve.get_title() == "abmil on musk1\n2 runs of each plug-in"
+    line = _lines(curve)["none"]
+    # Two of three at 0.9 are right; those above are right, in both runs.
+    assert list(line.get_xdata()) == pytest.approx([0.9, (0.99 + 0.97) / 2])
+    assert list(line.get_ydata()) == pytest.approx([2 / 3, 1])
+    (stairs,) = share.patches
+    counts, edges, _ = stairs.get_data()
+    np.testing.assert_allclose(edges, np.linspace(0, 1, 16))
+    np.testing.assert_allclose(counts, [0] * 13 + [3 / 8, 1 / 8 + 1 / 2])
+    diagonal = curve.lines[-1]
+    assert (list(diagonal.get_xdata()), list(diagonal.get_ydata())) == ([0, 1], [0, 1])
+
+
+def test_reliability__several_cells__have_panels_per_data_set_and_model(tmp_path):
+    generator = np.random.default_rng(0)
+    for data, model, plugin, n_runs in (
+        ("musk1", "abmil", "anchor", 3),
+        ("musk1", "abmil", "none", 1),
+        ("musk1", "dsmil", "none", 1),
+        ("ucsb", "abmil", "none", 1),
+    ):
+        for seed in range(n_runs):
+            run = _write_run(tmp_path, data=data, model=model, plugin=plugin, seed=seed)
+            labels = generator.integers(0, 2, size=9).tolist()
+            _write_probabilities(run, generator.uniform(size=9).tolist(), labels=labels)
+
+    figure = reliability_figure(read_runs(tmp_path))
+
+    assert [axis.get_title() for axis in figure.axes if axis.get_title()] == [
+        "abmil on musk1\n1 to 3 runs of each plug-in",
+        "dsmil on musk1\n1 run of each plug-in",
+        "abmil on ucsb\n1 run of each plug-in",
+    ]
+    assert [axis.axison for axis in figure.axes] == [True] * 5 + [False, True, False]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["none", "anchor", "calibrated"]
+
+
+def test_reliability__no_test_bags_predicted__says_so(tmp_path):
+    runs = [_write_run(tmp_path, seed=seed) for seed in range(2)]
+    _write_probabilities(runs[0], [0.3], part="val")
+    with pytest.raises(ValueError, match=r"must have predicted test bags .* none of 2 run\(s\)"):
+        reliability_figure(runs)
+
+
 def test_draw_figures__runs__writes_png_and_svg_of_each(trained, tmp_path):
     runs = read_runs(trained)
     _write_features(runs[0])
@@ -363,7 +429,7 @@ def test_draw_figures__runs__writes_png_and_svg_of_each(trained, tmp_path):
 
 
 def test_draw_figures__runs_without_data__says_why_for_each(tmp_path):
-    with pytest.raises(ValueError, match=r"(?s)they have none.*jsd:.*tsne:.*targets:"):
+    with pytest.raises(ValueError, match=r"(?s)have none.*jsd:.*tsne:.*targets:.*reliability:"):
         draw_figures([_write_run(tmp_path, rows=[])], tmp_path / "out")
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 
 import pytest
 
@@ -12,6 +13,7 @@ from mil_anchor.data.split_files import read_split
 from mil_anchor.data.stores import open_store
 from mil_anchor.experiment import run
 from tests.composing import composed
+from tests.run_folders import write_run
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +209,73 @@ def test_figures__run_on_slides__draws_what_it_has_data_for(trained, tmp_path, c
     drawn = {file.name for file in tmp_path.iterdir()}
     assert drawn == {
         f"{name}.{suffix}"
-        for name in ("jsd", "concentration", "targets")
+        for name in ("jsd", "concentration", "targets", "reliability")
         for suffix in ("png", "svg")
     }
     said = capsys.readouterr().out
     assert "No tsne: " in said
     assert "bag_features=true" in said
+
+
+@pytest.fixture
+def measured(tmp_path):
+    root = tmp_path / "runs"
+    for seed in range(2):
+        write_run(root, "none", seed, f1=0.5)
+        write_run(root, "anchor_nsf", seed, f1=0.75)
+    write_run(root, "slow", complete=False)
+    return root
+
+
+def test_report__runs__prints_and_writes_all_forms(measured, capsys):
+    assert main(["report", str(measured)]) == 0
+
+    said = capsys.readouterr().out
+    assert re.search(r"abmil +anchor_nsf +F1 +2 +\+\.250", said)
+    assert re.search(r"abmil +slow +0 +0 +interrupted", said)
+    assert max(map(len, said.split("Wrote")[0].splitlines())) <= 80
+    assert "## Differences to plugin=none" in (measured / "results.md").read_text()
+    written = {file.name for file in (measured / "tables").iterdir()}
+    assert {"results.csv", "differences.tex", "missing.csv", "reproduction.csv"} <= written
+    assert "anchor_nsf" in (measured / "report.html").read_text()
+
+
+def test_report__several_roots__go_into_one_folder(measured, tmp_path, capsys):
+    write_run(tmp_path / "more", "anchor", f1=0.6)
+
+    assert main(["report", str(measured), str(tmp_path / "more")]) == 0
+    assert (tmp_path / "results.md").exists()
+    out = tmp_path / "elsewhere"
+    assert main(["report", str(measured), str(measured), "--out", str(out)]) == 0
+    assert (out / "report.html").exists()
+    assert not (measured / "results.md").exists()
+    assert f"Wrote {out / 'results.md'}" in capsys.readouterr().out
+
+
+def test_report__without_plotly__writes_all_else(measured, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("mil_anchor.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+
+    assert main(["report", str(measured)]) == 0
+
+    assert "No report.html: " in (said := capsys.readouterr().out)
+    assert "pip install 'mil_anchor[report]'" in said
+    assert (measured / "results.md").exists()
+    assert not (measured / "report.html").exists()
+
+
+def test_report__cut_off_metrics__do_not_stop_it(measured, capsys):
+    (write_run(measured, "broken", 5) / "metrics.json").write_text('{"model": "abm')
+
+    assert main(["report", str(measured)]) == 0
+    assert "cut off" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"), [("runs/none", "must be a folder"), (".", "must hold complete runs")]
+)
+def test_report__no_runs__says_so_and_exits_with_1(tmp_path, folder, message, capsys):
+    assert main(["report", str(tmp_path / folder)]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -73,7 +73,7 @@ def test_pages__commands_of_mil_anchor__are_understood(page, tmp_path, monkeypat
 
 
 def test_readme__choices__are_those_of_the_configuration():
-    for group in ("model", "plugin", "data", "trainer"):
+    for group in ("model", "plugin", "data", "trainer", "logger"):
         row = re.search(rf"^\| `{group}` \|(.*)\|$", README, flags=re.MULTILINE).group(1)
         there = {file.stem for file in (ROOT / "conf" / group).glob("*.yaml")} - {"classic"}
         assert set(re.findall(r"`(\w+)`", row)) == there

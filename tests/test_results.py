@@ -1,87 +1,196 @@
-import io
-import json
-
 import pytest
-from rich.console import Console
 
-from mil_anchor.__main__ import main
 from mil_anchor.callbacks.monitor import AttentionRow
 from mil_anchor.results import (
+    Missing,
     attention_summary,
     by_cell,
+    missing_runs,
+    read_metrics,
     read_runs,
-    results_markdown,
-    results_tables,
+    read_unfinished,
 )
+from tests.run_folders import write_run
 
 
-def _write_run(root, plugin, fold, f1, *, jsd=0.1, weights="online"):
-    folder = root / plugin / f"fold={fold}"
-    folder.mkdir(parents=True)
-    metrics = {
-        "model": "transmil",
-        "plugin": plugin,
-        "data": "musk1",
-        "seed": 0,
-        "fold": fold,
-        "test/f1": f1,
-        "test/auroc": 0.5,
-        "test/accuracy": 0.25,
-        "attention/jsd": jsd,
-        "weights": weights,
+def test_read_runs__folders_anywhere__are_read_once_and_sorted(tmp_path):
+    write_run(tmp_path / "b", "none", f1=0.7)
+    write_run(tmp_path / "a" / "deep", "anchor", f1=0.8)
+
+    runs = read_runs(tmp_path / "b", tmp_path, tmp_path / "a")
+
+    assert [run.metrics["plugin"] for run in runs] == ["anchor", "none"]
+    assert runs[0].metrics["test/f1"] == 0.8
+    assert runs[0].config["module.lr"] == "0.001"
+    assert [cell[2] for cell in by_cell(runs)] == ["none", "anchor"]
+
+
+def test_read_runs__progress__is_given_the_folders(tmp_path):
+    folder = write_run(tmp_path, f1=0.7)
+    seen = []
+
+    read_runs(tmp_path, progress=lambda folders: seen.extend(folders) or folders)
+
+    assert seen == [folder]
+
+
+def test_read_runs__folder_without_runs__is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"must hold complete runs, but there is no metrics\.json"):
+        read_runs(tmp_path)
+
+
+def test_read_runs__folder_that_is_not_there__is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere must be a folder of run folders"):
+        read_runs(tmp_path / "nowhere")
+
+
+def test_read_runs__weight_sweep__is_not_one_cell(tmp_path):
+    for weight in (0.1, 0.3):
+        for seed in (0, 1):
+            write_run(tmp_path, "anchor_nsf", seed, settings={"plugin.weight": weight})
+    write_run(tmp_path, "none")
+
+    cells = by_cell(read_runs(tmp_path))
+
+    assert {cell[2]: len(runs) for cell, runs in cells.items()} == {
+        "none": 1,
+        "anchor_nsf (plugin.weight=0.1)": 2,
+        "anchor_nsf (plugin.weight=0.3)": 2,
     }
-    (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
-@pytest.fixture
-def root(tmp_path):
-    _write_run(tmp_path, "anchor_nsf", 0, 0.8, jsd=0.01)
-    _write_run(tmp_path, "anchor_nsf", 1, 0.6, jsd=0.02)
-    _write_run(tmp_path, "none", 0, 0.7)
-    (tmp_path / "interrupted").mkdir()
-    return tmp_path
+def test_read_runs__weights_of_different_seeds__are_told_apart_too(tmp_path):
+    write_run(tmp_path, "anchor", 0, settings={"plugin.weight": 0.1})
+    write_run(tmp_path, "anchor", 1, settings={"plugin.weight": 0.3})
+
+    assert len(by_cell(read_runs(tmp_path))) == 2
 
 
-def _text(table):
-    console = Console(width=80, file=io.StringIO())
-    console.print(table)
-    return console.file.getvalue()
+def test_read_runs__incidental_differences__make_no_cells(tmp_path):
+    for seed in range(3):
+        incidental = {"out": str(seed), "threads": seed, "maps": seed, "trainer.devices": [seed]}
+        write_run(tmp_path, "anchor", seed, fold=seed, settings=incidental)
+
+    assert [cell[2] for cell in by_cell(read_runs(tmp_path))] == ["anchor"]
 
 
-def test_results__table__has_mean_and_sd_over_runs_and_none_first(root):
-    (table,) = results_tables(read_runs(root))
-    text = _text(table)
-    none, anchor = (
-        next(line for line in text.splitlines() if f" {p} " in line) for p in ("none", "anchor_nsf")
-    )
+def test_read_runs__same_run_in_two_sweeps__is_not_counted_as_two_seeds(tmp_path):
+    for out in ("a", "b"):
+        write_run(tmp_path / out, "none", settings={"out": out}, f1=0.5)
 
-    assert text.index(none) < text.index(anchor)
-    assert ".700±.141" in anchor  # of .8 and .6
-    assert "15.00±7.07" in anchor
-    assert " .700 " in none
-    assert "±" not in none
-    assert none.rstrip().endswith("-")  # no entropy
-    assert max(map(len, text.splitlines())) <= 80
+    assert [cell[2] for cell in by_cell(read_runs(tmp_path))] == ["none (out=a)", "none (out=b)"]
 
 
-def test_results__markdown__holds_the_same_numbers(root):
-    head, rule, none, anchor = results_markdown(read_runs(root)).splitlines()
+def test_read_runs__copy_of_a_run__is_left_out(tmp_path):
+    for place in ("original", "copy"):
+        write_run(tmp_path / place, "none", f1=0.5)
 
-    assert head.startswith("| data | model | plug-in | runs | F1 |")
-    assert rule.count("---") == head.count("|") - 1
-    assert none.startswith("| musk1 | transmil | none | 1 | .700 | .500 | .250 | 100.00 |")
-    assert anchor.startswith("| musk1 | transmil | anchor_nsf | 2 | .700±.141 |")
+    assert len(read_runs(tmp_path)) == 1
 
 
-def test_results__cells__are_sorted_with_none_first(root):
-    assert [cell[2] for cell in by_cell(read_runs(root))] == ["none", "anchor_nsf"]
+def test_read_runs__run_without_configuration__stands_apart(tmp_path):
+    write_run(tmp_path, "none", 0)
+    (write_run(tmp_path, "none", 1) / "config.yaml").unlink()
+
+    assert [cell[2] for cell in by_cell(read_runs(tmp_path))] == ["none", "none (no config.yaml)"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"model": "ab', "must hold a JSON object, but it is cut off"),
+        ("[1, 2]", "must hold a JSON object, but a list came"),
+        ('{"accuracy": 1}', "is not of a run"),
+    ],
+)
+def test_read_runs__broken_metrics__are_a_row_of_the_unfinished(tmp_path, text, reason):
+    write_run(tmp_path, "none")
+    broken = write_run(tmp_path, "anchor", 3)
+    (broken / "metrics.json").write_text(text)
+
+    (run,) = read_runs(tmp_path)
+    (unfinished,) = read_unfinished(tmp_path)
+
+    assert run.metrics["plugin"] == "none"
+    assert (unfinished.plugin, unfinished.seed, unfinished.folder) == ("anchor", 3, broken)
+    assert reason in unfinished.reason
+
+
+def test_read_metrics__cut_off_file__is_named(tmp_path):
+    (tmp_path / "metrics.json").write_text("{")
+
+    with pytest.raises(ValueError, match=r"metrics\.json must hold a JSON object, but it is cut"):
+        read_metrics(tmp_path)
+
+
+def test_read_unfinished__failed_and_interrupted__say_why(tmp_path):
+    failed = write_run(tmp_path, "anchor", 1, fold=2, complete=False)
+    (failed / "error.txt").write_text("Traceback ...\n  line\nValueError: too small\n\n")
+    write_run(tmp_path, "none", complete=False)
+    (tmp_path / "empty").mkdir()
+
+    found = read_unfinished(tmp_path)
+
+    assert [(*row[1:6], row.reason) for row in found] == [
+        ("abmil", "anchor", "musk1", 1, 2, "ValueError: too small"),
+        ("abmil", "none", "musk1", 0, 0, "interrupted, or still running"),
+    ]
+
+
+def test_read_unfinished__failed_before_its_configuration__is_named_by_its_folder(tmp_path):
+    folder = tmp_path / "abmil" / "anchor" / "musk1" / "seed=4,fold=2,plugin.weight=9"
+    folder.mkdir(parents=True)
+    (folder / "error.txt").write_text("RuntimeError: no")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "error.txt").write_text("")
+
+    first, second = read_unfinished(tmp_path)
+
+    assert first[1:6] == ("abmil", "anchor", "musk1", 4, 2)
+    assert second[1:] == ("?", "?", "?", None, None, "failed")
+
+
+def test_read_unfinished__complete_runs_and_files_of_other_programs__are_none(tmp_path):
+    folder = write_run(tmp_path, f1=0.5)
+    for name in (".hydra", "wandb"):
+        (folder / name).mkdir()
+        (folder / name / "config.yaml").write_text(
+            "names: {model: a}" if name == ".hydra" else "a: 1"
+        )
+    (folder / "wandb" / "deeper").mkdir()
+    (folder / "wandb" / "deeper" / "config.yaml").write_text("{")
+
+    assert read_unfinished(tmp_path) == []
+
+
+def test_missing_runs__partial_sweep__names_what_other_cells_have(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path, "none", seed)
+    write_run(tmp_path, "anchor", 1)
+    write_run(tmp_path, "none", 0, model="dsmil")
+    write_run(tmp_path, "none", 7, data="musk2")
+
+    assert missing_runs(read_runs(tmp_path)) == [
+        Missing("musk1", "abmil", "anchor", 0, 0),
+        Missing("musk1", "dsmil", "none", 1, 0),
+        Missing("musk1", "dsmil", "anchor", 0, 0),
+        Missing("musk1", "dsmil", "anchor", 1, 0),
+    ]
+
+
+def test_missing_runs__settings_of_one_model__are_not_demanded_of_others(tmp_path):
+    for weight in (0.1, 0.3):
+        write_run(tmp_path, "anchor", settings={"plugin.weight": weight})
+    write_run(tmp_path, "anchor", model="dsmil")
+
+    assert missing_runs(read_runs(tmp_path)) == []
 
 
 def _row(epoch, bag_id, jsd=None, *, entropy=0.5, correlation=None, auroc=None):
     return AttentionRow(epoch, bag_id, "online", jsd, correlation, entropy, 0.1, 0.2, auroc)
 
 
-def test_results__attention_summary__is_mean_jsd_and_the_other_measures_of_the_last_epoch():
+def test_attention_summary__rows__is_mean_jsd_and_the_other_measures_of_the_last_epoch():
     rows = [
         _row(0, "a", entropy=0.9, auroc=0.1),
         _row(1, "a", 0.2, entropy=0.6, correlation=0.5, auroc=0.7),
@@ -107,45 +216,14 @@ def test_results__attention_summary__is_mean_jsd_and_the_other_measures_of_the_l
     assert attention_summary([]) == {}
 
 
-@pytest.mark.parametrize(("n_epochs", "first"), [(2, 1), (3, 2), (4, 2), (50, 33)])
-def test_results__last_third__is_rounded_up_to_whole_epochs(n_epochs, first):
+@pytest.mark.parametrize(("n_epochs", "first"), [(3, 2), (4, 2), (5, 3), (50, 33)])
+def test_attention_summary__thirds__are_rounded_to_whole_epochs(n_epochs, first):
     rows = [_row(epoch, "a", epoch if epoch else None) for epoch in range(n_epochs)]
 
-    expected = sum(range(first, n_epochs)) / (n_epochs - first)
-    assert attention_summary(rows)["attention/jsd_last_third"] == pytest.approx(expected)
+    summary = attention_summary(rows)
 
-
-def test_results__folder_without_runs__is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"must hold complete runs, but there is no metrics\.json"):
-        read_runs(tmp_path)
-
-
-def test_results__weights__say_what_the_runs_were_evaluated_with(tmp_path):
-    for fold, weights in enumerate(("slow", "online")):
-        _write_run(tmp_path, "anchor", fold, 0.5, weights=weights)
-    _write_run(tmp_path, "slow_anchor_nsf", 0, 0.5, weights="slow")
-    runs = read_runs(tmp_path)
-
-    lines = results_markdown(runs).splitlines()
-    (mixed,), (alike,) = results_tables(runs), results_tables(runs[-1:])
-
-    assert [line.split(" | ")[-1] for line in (lines[0], *lines[2:])] == [
-        "weights |",
-        "online, slow |",
-        "slow |",
-    ]
-    assert list(mixed.columns[-1].cells) == ["online, slow", "slow"]
-    assert mixed.title == "musk1: mean±sd over n runs"
-    assert alike.title == "musk1: mean±sd over n runs, slow weights"
-    assert len(alike.columns) == len(mixed.columns) - 1
-
-
-def test_command_line__report__works_on_a_folder(root, capsys):
-    assert main(["report", str(root)]) == 0
-    assert "transmil" in capsys.readouterr().out
-    assert (root / "results.md").read_text() == results_markdown(read_runs(root))
-
-
-def test_command_line__wrong_folder__says_so_and_exits_with_1(tmp_path, capsys):
-    assert main(["report", str(tmp_path / "nothing")]) == 1
-    assert "must hold complete runs" in capsys.readouterr().err
+    late = sum(range(first, n_epochs)) / (n_epochs - first)
+    assert summary["attention/jsd_last_third"] == pytest.approx(late)
+    # The first epoch has none before it.
+    early = sum(range(1, first)) / (first - 1)
+    assert summary["attention/jsd_first_two_thirds"] == pytest.approx(early)

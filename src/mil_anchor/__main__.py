@@ -5,12 +5,14 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from rich.console import Console, RenderableType
+from rich.progress import track
 
 from mil_anchor.data.labels import read_labels
 from mil_anchor.data.overview import inspect_data
@@ -20,7 +22,8 @@ from mil_anchor.data.splits import split_by_parts, stratified_fold
 from mil_anchor.data.stores import open_store
 from mil_anchor.data.synthetic import MPP, PRESETS, SIZES, SyntheticCohort, write_cohort
 from mil_anchor.inspection import inspect_model, load_model
-from mil_anchor.results import read_runs, results_markdown, results_tables
+from mil_anchor.results import read_runs, read_unfinished
+from mil_anchor.tables import as_rich, split_by, write_tables
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -283,26 +286,55 @@ def _add_figures(commands: Any) -> None:
 def _figures(chosen: argparse.Namespace) -> int:
     from mil_anchor.figures import draw_figures  # needs matplotlib
 
-    runs = {run.folder.resolve(): run for root in chosen.runs for run in read_runs(root)}
-    roots = [root.resolve() for root in chosen.runs]
-    common = chosen.runs[0] if len(set(roots)) == 1 else Path(os.path.commonpath(roots))
-    drawn = draw_figures(list(runs.values()), chosen.out or common)
+    drawn = draw_figures(read_runs(*chosen.runs), chosen.out or _common(chosen.runs))
     _say(*(f"Wrote {file}" for file in drawn.files))
     _say(*(f"No {name}: {why}" for name, why in drawn.missing.items()))
     return 0
 
 
 def _add_report(commands: Any) -> None:
-    text = "print the results of all complete runs below ROOT, and write ROOT/results.md"
+    text = (
+        "compare all complete runs below ROOT, name those that are missing, and write results.md, "
+        "tables/ (CSV and LaTeX) and report.html"
+    )
     command = _command(commands, "report", text, _report)
-    command.add_argument("root", type=Path, help="folder with run folders, at any depth")
+    command.add_argument(
+        "roots", metavar="ROOT", type=Path, nargs="+", help="folder with run folders, at any depth"
+    )
+    command.add_argument(
+        "--out", metavar="DIR", type=Path, help="default: the folder that holds all ROOTs"
+    )
 
 
 def _report(chosen: argparse.Namespace) -> int:
-    runs = read_runs(chosen.root)
-    Console().print(*results_tables(runs))
-    (chosen.root / "results.md").write_text(results_markdown(runs))
+    from mil_anchor.result_tables import all_tables  # its scipy.stats is slow to import
+
+    screen = Console(stderr=True)
+    shown = partial(track, console=screen, transient=True, disable=not screen.is_terminal)
+    runs = read_runs(*chosen.roots, progress=partial(shown, description="reading runs"))
+    unfinished = read_unfinished(*chosen.roots)
+    tables = all_tables(runs, unfinished, progress=partial(shown, description="comparing"))
+    filled = [table for table in tables if table.rows]
+    for table in filled:
+        if table.name == "reproduction":  # a page of its own
+            continue
+        Console().print(*map(as_rich, split_by(table, "data")), "")
+    out: Path = chosen.out or _common(chosen.roots)
+    _say(f"Wrote {write_tables(tables, out)}, and each table into {out / 'tables'}")
+    try:
+        from mil_anchor.report import write_report  # needs plotly
+
+        write_report(out / "report.html", runs, unfinished=unfinished, tables=filled)
+        _say(f"Wrote {out / 'report.html'}")
+    except ModuleNotFoundError as error:
+        _say(f"No report.html: {error}")
     return 0
+
+
+def _common(roots: list[Path]) -> Path:
+    """The folder that holds all of them; as it is named, if it is one."""
+    resolved = {root.resolve() for root in roots}
+    return roots[0] if len(resolved) == 1 else Path(os.path.commonpath(resolved))
 
 
 def _numbers(text: str) -> list[int]:

@@ -1,9 +1,9 @@
 """One experiment: compose, build, fit, test, write the run folder."""
 
-import copy
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,32 +14,32 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, Timer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mil_anchor.callbacks.bag_features import FEATURES_FOLDER, BagFeatures
+from mil_anchor.callbacks.cost import StepCost
 from mil_anchor.callbacks.evaluated import evaluated_weights
-from mil_anchor.callbacks.monitor import AttentionMonitor, read_attention
+from mil_anchor.callbacks.monitor import AttentionMonitor
 from mil_anchor.callbacks.random_state import RandomState
 from mil_anchor.composition import build_module, build_plugins, check_arguments, named_site
 from mil_anchor.data.bags import BagSequence
 from mil_anchor.data.datamodule import BagDataModule
-from mil_anchor.data.folder import SlideDataModule
-from mil_anchor.evidence import write_evidence
-from mil_anchor.inspection import inspect_model
+from mil_anchor.environment import write_environment
+from mil_anchor.evaluation import evaluate
+from mil_anchor.loggers import log_result, opened_loggers
 from mil_anchor.maps.file import MAPS_FILE
 from mil_anchor.maps.recorder import MapRecorder
-from mil_anchor.module import MILModule, Prediction
-from mil_anchor.results import attention_summary
 from mil_anchor.run_folder import (
     folder_name,
     held,
     prepare_folder,
     write_metrics,
     write_parts,
-    write_predictions,
 )
-from mil_anchor.sites.base import Site
+from mil_anchor.sweep.ranks import check_ranks
+from mil_anchor.sweep.slots import register_resolvers, thread_share
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ def register_config() -> None:
     """Tell Hydra the schema and the name of a run's folder; before ``hydra.main``."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("run_folder", folder_name, replace=True)
+    register_resolvers()
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -96,7 +97,21 @@ def run(config: DictConfig) -> dict[str, Any]:
     folder = Path(HydraConfig.get().runtime.output_dir)
     with held(folder):
         check_arguments(config)
-        return _run(config, folder)
+        with _own_threads(config.threads):
+            return _run(config, folder)
+
+
+@contextmanager
+def _own_threads(threads: int | None) -> Iterator[None]:
+    """Give a run its CPU threads; the next one in this process chooses again."""
+    before = torch.get_num_threads()
+    own = threads if threads is not None else thread_share()
+    if own is not None:
+        torch.set_num_threads(own)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _run(config: DictConfig, folder: Path) -> dict[str, Any]:
@@ -109,14 +124,21 @@ def _run(config: DictConfig, folder: Path) -> dict[str, Any]:
 
     # First of all what can be wrong without looking at data.
     plugins = build_plugins(config)
+    with opened_loggers(config, folder, settings=resolved) as loggers:
+        metrics = _train_and_evaluate(config, folder, plugins=plugins, loggers=loggers)
+    # Not before the loggers have finished: a run that is complete is not begun again.
+    write_metrics(folder, metrics)
+    _log_result(metrics)
+    return metrics
+
+
+def _train_and_evaluate(
+    config: DictConfig, folder: Path, *, plugins: list[Callback], loggers: list[Logger]
+) -> dict[str, Any]:
     seed_everything(config.seed, workers=True, verbose=False)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    write_environment(folder)
     maps = MapRecorder(named_site(config), path=folder / MAPS_FILE)
-    callbacks = [*plugins, _monitor(config, folder), maps, *_fixed_callbacks(config)]
-    if config.bag_features:
-        callbacks.append(BagFeatures(path=folder / FEATURES_FOLDER))
-    timer = Timer()
+    cost, timer = StepCost(), Timer()
     best = ModelCheckpoint(
         folder / "checkpoints",
         filename="best",
@@ -126,13 +148,15 @@ def _run(config: DictConfig, folder: Path) -> dict[str, Any]:
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
+    watching = [_monitor(config, folder), maps, *_fixed_callbacks(config, folder)]
     trainer: Trainer = hydra.utils.instantiate(
         config.trainer,
-        callbacks=[*callbacks, timer, best],
-        logger=list(hydra.utils.instantiate(config.logger).values()),
+        callbacks=[cost, *plugins, *watching, timer, best],
+        logger=loggers,
         default_root_dir=str(folder),
         enable_model_summary=False,
     )
+    check_ranks(trainer)
     data = _data(config, trainer)
     if trainer.is_global_zero:
         write_parts(folder / "split.csv", data)
@@ -145,30 +169,29 @@ def _run(config: DictConfig, folder: Path) -> dict[str, Any]:
             f"tested, but none was written with trainer.max_epochs={config.trainer.max_epochs}. "
             "Train longer, without fast_dev_run or limits on validation."
         )
-    evaluated: dict[str, float | str] = {}
-    parts = ("val", "test") if config.test else ("val",)
-    evaluated |= _evaluate(
-        trainer, module, data, parts=parts, maps=maps, checkpoint=best.best_model_path
+    evaluated = evaluate(
+        trainer,
+        module,
+        data=data,
+        parts=("val", "test") if config.test else ("val",),
+        checkpoint=best.best_model_path,
+        maps=maps,
+        n_drawn=config.maps,
     )
-    attention = folder / "attention.csv"
-    evaluated |= attention_summary(read_attention(attention) if attention.exists() else [])
-    if trainer.is_global_zero:
-        evaluated |= write_evidence(folder, mpp=data.mpp, n_drawn=config.maps)
-
     fit_s = timer.time_elapsed("train")
     metrics = {
-        **resolved["names"],
+        **config.names,
         "seed": config.seed,
         "fold": config.data.fold,
-        # What is not defined, such as the AUROC of one class, is left out: JSON has no NaN.
-        **{key: value for key, value in evaluated.items() if value == value},
+        "in_features": data.in_features,
+        **evaluated,
         "weights": evaluated_weights(trainer),
         "best_epoch": torch.load(best.best_model_path, weights_only=True)["epoch"],
         "time/fit_s": fit_s,
         "time/epoch_s": fit_s / max(1, trainer.current_epoch),
+        **cost.costs,
     }
-    write_metrics(folder, metrics)
-    _log_result(metrics)
+    log_result(loggers, folder, metrics, step=trainer.global_step)
     return metrics
 
 
@@ -192,8 +215,10 @@ def _ranked(bags: BagSequence) -> list[str]:
     return [bags.bag_ids[index] for index in order]
 
 
-def _fixed_callbacks(config: DictConfig) -> list[Callback]:
+def _fixed_callbacks(config: DictConfig, folder: Path) -> list[Callback]:
     callbacks: list[Callback] = [RandomState()]
+    if config.bag_features:
+        callbacks.append(BagFeatures(path=folder / FEATURES_FOLDER))
     if config.early_stopping is not None:
         patience = config.early_stopping
         callbacks.append(EarlyStopping("val/selection", mode="max", patience=patience))
@@ -214,47 +239,6 @@ def _fit(trainer: Trainer, module: LightningModule, data: BagDataModule, last: P
     except SystemExit:  # Lightning's way out of Ctrl-C
         log.warning("Interrupted. The same command continues after the last whole epoch.")
         raise
-
-
-def _evaluate(
-    trainer: Trainer,
-    module: MILModule,
-    data: BagDataModule,
-    *,
-    parts: Sequence[str],
-    maps: MapRecorder,
-    checkpoint: str,
-) -> dict[str, float]:
-    """Metrics of the chosen checkpoint on parts of the data; writes its predictions."""
-    if maps.site is None and maps.found is None and not maps.gave_up:
-        maps.found = _site_without_a_fit(module, data)
-    metrics: dict[str, float] = {}
-    rows: list[tuple[str, Prediction]] = []
-    evaluate_of = {"val": trainer.validate, "test": trainer.test}
-    for part in parts:
-        if part not in data.parts:
-            log.warning("No slides for %s, so nothing is measured there.", part)
-            continue
-        metrics |= evaluate_of[part](module, datamodule=data, ckpt_path=checkpoint, verbose=False)[
-            0
-        ]
-        rows += [(part, prediction) for prediction in module.predictions]
-    if trainer.is_global_zero:
-        if isinstance(data, SlideDataModule) and not maps.path.exists() and not maps.gave_up:
-            log.warning("No attention maps: these slides have neither coordinates nor tile labels.")
-        write_predictions(Path(trainer.default_root_dir) / "predictions.csv", rows)
-    return metrics
-
-
-def _site_without_a_fit(module: MILModule, data: BagDataModule) -> Site | None:
-    """Where the attention is, when the fit was complete before this process began."""
-    try:
-        return inspect_model(copy.deepcopy(module.model), width=data.in_features).site.within(
-            "model"
-        )
-    except ValueError as error:
-        log.warning("No attention maps: %s", error)
-        return None
 
 
 @rank_zero_only

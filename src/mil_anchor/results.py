@@ -1,79 +1,183 @@
-"""Reads run folders and puts them side by side."""
+"""Reads run folders: those that are complete, those that are not, and what is missing."""
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
-from rich.table import Table
+import yaml  # type: ignore[import-untyped]
 
 from mil_anchor.callbacks.monitor import MEASURES, AttentionRow, read_attention
+from mil_anchor.failure import ERROR_FILE, read_error
+from mil_anchor.settings import flat_config, telling_keys
 
 METRICS_FILE = "metrics.json"
-
-
-class _Column(NamedTuple):
-    key: str
-    title: str
-    factor: float
-    digits: int
-
-
-_COLUMNS = (
-    _Column("test/f1", "F1", 1, 3),
-    _Column("test/auroc", "AUROC", 1, 3),
-    _Column("test/accuracy", "accuracy", 1, 3),
-    _Column("attention/jsd", "JSD·1000", 1000, 2),
-    _Column("attention/entropy", "entropy", 1, 3),
-)
+_NAMES = ("model", "plugin", "data", "seed", "fold")
+CellKey = tuple[str, str, str]
+# Is called with what there is to be done, and gives it piece by piece.
+Progress = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 class Run(NamedTuple):
-    """A complete run: where it lies and what its ``metrics.json`` says."""
+    """A complete run.
+
+    Args:
+        folder: Where it lies.
+        metrics: What its ``metrics.json`` says.
+        config: Its configuration by dotted keys; None if there is no ``config.yaml``.
+        setting: What tells it from runs of the same names, such as ``plugin.weight=0.1``.
+    """
 
     folder: Path
     metrics: dict[str, Any]
+    config: dict[str, str] | None = None
+    setting: str = ""
 
     @property
-    def cell(self) -> tuple[str, str, str]:
-        """Data, model and plug-in: runs of one cell differ in seed, fold and overrides."""
-        return self.metrics["data"], self.metrics["model"], self.metrics["plugin"]
+    def cell(self) -> CellKey:
+        """Data, model, and plug-in with its setting: runs of a cell differ in seed and fold."""
+        plugin = self.metrics["plugin"]
+        own = f"{plugin} ({self.setting})" if self.setting else plugin
+        return self.metrics["data"], self.metrics["model"], own
+
+    @property
+    def draw(self) -> tuple[int, int]:
+        """Seed and fold."""
+        return self.metrics["seed"], self.metrics["fold"]
 
     def attention(self) -> list[AttentionRow]:
         """The run's ``attention.csv``."""
         return read_attention(self.folder / "attention.csv")
 
 
+class Unfinished(NamedTuple):
+    """A run folder without a result; names are ``?`` and numbers None where nothing tells them."""
+
+    folder: Path
+    model: str
+    plugin: str
+    data: str
+    seed: int | None
+    fold: int | None
+    reason: str
+
+
+class Missing(NamedTuple):
+    """A run that a comparison lacks: others of the same data have its seed and fold."""
+
+    data: str
+    model: str
+    plugin: str
+    seed: int
+    fold: int
+
+
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """The ``metrics.json`` of a complete run."""
-    metrics: dict[str, Any] = json.loads((folder / METRICS_FILE).read_text())
+    """The ``metrics.json`` of a complete run.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    file = folder / METRICS_FILE
+    try:
+        metrics = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{file} must hold a JSON object, but it is cut off or something else ({error}). "
+            "Delete it, and the run goes on from its last checkpoint."
+        ) from error
+    if not isinstance(metrics, dict):
+        raise ValueError(f"{file} must hold a JSON object, but a {type(metrics).__name__} came.")
     return metrics
 
 
-def read_runs(root: Path) -> list[Run]:
-    """All complete runs below a folder, in the order of their paths.
+def read_runs(*roots: Path, progress: Progress = iter) -> list[Run]:
+    """All complete runs below folders, in the order of their paths.
+
+    Runs of the same data, model and plug-in whose configurations differ get a ``setting`` that
+    tells them apart. A copy of a run is left out; what cannot be read is in `read_unfinished`.
+
+    Args:
+        roots: Folders; those inside others are read once.
+        progress: Called with the folders to be read; gives them one by one.
 
     Raises:
         ValueError: There is no complete run.
     """
-    runs = [
-        Run(file.parent, read_metrics(file.parent)) for file in sorted(root.rglob(METRICS_FILE))
-    ]
+    runs: dict[str, Run] = {}
+    for folder in progress(_folders(roots, METRICS_FILE)):
+        if not _why_foreign(folder):
+            config = _read_config(folder)
+            flat = None if config is None else flat_config(config)
+            run = Run(folder, read_metrics(folder), flat)
+            runs.setdefault(str(folder) if flat is None else json.dumps([run.metrics, flat]), run)
     if not runs:
         raise ValueError(
-            f"{root} must hold complete runs, but there is no {METRICS_FILE} below it. "
-            "Run 'python run.py' first, or name another folder."
+            f"{', '.join(map(str, roots))} must hold complete runs, but there is no "
+            f"{METRICS_FILE} of a run below it. Run 'python run.py' first, or name another folder."
         )
-    return runs
+    return _distinguished(list(runs.values()))
+
+
+def read_unfinished(*roots: Path) -> list[Unfinished]:
+    """Run folders without a result, and files that pose as one.
+
+    The reason is the exception in ``error.txt`` or, without one, that the run was interrupted.
+    """
+    found = []
+    for folder in _folders(roots, METRICS_FILE, ERROR_FILE, "config.yaml"):
+        reason = _why_unfinished(folder)
+        names = _named(folder) if reason else ()
+        # Other programs have files of these names, too.
+        if names and (names[0] != "?" or not (folder / "config.yaml").exists()):
+            found.append(Unfinished(folder, *names, reason))
+    return found
+
+
+def missing_runs(runs: Sequence[Run]) -> list[Missing]:
+    """Which runs a table of all models, plug-ins, seeds and folds of a data set lacks.
+
+    A cell lacks the seeds and folds that others of its data have; a model and plug-in without any
+    run on the data lack all of them.
+    """
+    missing = []
+    cells = by_cell(runs)
+    for data in dict.fromkeys(cell[0] for cell in cells):
+        of_data = [run for run in runs if run.cell[0] == data]
+        there = {(run.metrics["model"], run.metrics["plugin"]) for run in of_data}
+        known = {cell[1:]: {run.draw for run in cells[cell]} for cell in cells if cell[0] == data}
+        for model in sorted({model for model, _ in there}):
+            for plugin in sorted({plugin for _, plugin in there}):
+                if (model, plugin) not in there:
+                    known[model, plugin] = set()
+        draws = sorted({run.draw for run in of_data})
+        for (model, plugin), own in known.items():
+            missing += [Missing(data, model, plugin, *draw) for draw in draws if draw not in own]
+    return missing
+
+
+def by_cell(runs: Iterable[Run]) -> dict[CellKey, list[Run]]:
+    """Runs of each data set, model and plug-in with its setting, sorted; ``none`` stands first."""
+
+    def place(run: Run) -> tuple[Any, ...]:
+        data, model, plugin = run.cell
+        return data, model, run.metrics["plugin"] != "none", plugin
+
+    cells: dict[CellKey, list[Run]] = {}
+    for run in sorted(runs, key=place):
+        cells.setdefault(run.cell, []).append(run)
+    return cells
 
 
 def attention_summary(rows: Sequence[AttentionRow]) -> dict[str, float]:
     """What ``metrics.json`` says of the attention on validation bags: means over bags.
 
     ``attention/jsd`` is the mean over all epochs, ``attention/jsd_last_third`` that over the last
-    third of them (rounded up), when a schedule may have slowed the training. All others
+    third of them (rounded up), when a schedule may have slowed the training, and
+    ``attention/jsd_first_two_thirds`` that over those before. All others
     (``rank_correlation``, ``entropy``, ``top1pct``, ``top10``, ``auroc``, ``mixing_correlation``)
     are of the last epoch. What is not defined is left out.
     """
@@ -81,6 +185,7 @@ def attention_summary(rows: Sequence[AttentionRow]) -> dict[str, float]:
     last_third = set(epochs[-math.ceil(len(epochs) / 3) :])
     summary = {
         "jsd": _mean(rows, "jsd"),
+        "jsd_first_two_thirds": _mean([r for r in rows if r.epoch not in last_third], "jsd"),
         "jsd_last_third": _mean([row for row in rows if row.epoch in last_third], "jsd"),
     }
     for measure in MEASURES:
@@ -89,70 +194,89 @@ def attention_summary(rows: Sequence[AttentionRow]) -> dict[str, float]:
     return {f"attention/{name}": value for name, value in summary.items() if value is not None}
 
 
-def by_cell(runs: Iterable[Run]) -> dict[tuple[str, str, str], list[Run]]:
-    """Runs of each data set, model and plug-in, sorted; ``none`` stands first."""
-    cells: dict[tuple[str, str, str], list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (*run.cell[:2], run.cell[2] != "none", run.cell[2])):
-        cells.setdefault(run.cell, []).append(run)
-    return cells
-
-
-def results_tables(runs: Iterable[Run]) -> list[Table]:
-    """A table for each data set: mean±sd over the runs (seeds, folds) of each model and plug-in.
-
-    Test metrics of the checkpoint chosen on validation; the attention of validation bags: JSD
-    between epochs (nats x 1000, mean over epochs) and entropy / ln N (last epoch). The title
-    says which weights all of them speak of, those that are trained (online) or averages; where the
-    runs differ in it, the last column does.
-    """
-    of_data: dict[str, list[Run]] = {}
-    for run in runs:
-        of_data.setdefault(run.cell[0], []).append(run)
-    return [_table(name, own) for name, own in sorted(of_data.items())]
-
-
-def results_markdown(runs: Iterable[Run]) -> str:
-    """What `results_tables` shows, as one Markdown table."""
-    titles = ["data", "model", "plug-in", "runs", *(column.title for column in _COLUMNS)]
-    lines = [[*titles, "weights"], ["---"] * 3 + ["---:"] * (len(titles) - 3) + ["---"]]
-    for cell, members in by_cell(runs).items():
-        values = [_mean_and_sd(members, column) for column in _COLUMNS]
-        lines.append([*cell, str(len(members)), *values, _weights(members)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def _mean(rows: Sequence[AttentionRow], measure: str) -> float | None:
     values = [value for row in rows if (value := getattr(row, measure)) is not None]
     return fmean(values) if values else None
 
 
-def _table(data: str, runs: Sequence[Run]) -> Table:
-    weights = _weights(runs)
-    is_mixed = "," in weights
-    title = f"{data}: mean±sd over n runs" + ("" if is_mixed else f", {weights} weights")
-    table = Table(title=title, box=None, pad_edge=False)
-    table.add_column("model", no_wrap=True)
-    table.add_column("plug-in", no_wrap=True)
-    for title in ("n", *(column.title for column in _COLUMNS)):
-        table.add_column(title, justify="right", no_wrap=True)
-    if is_mixed:
-        table.add_column("weights", no_wrap=True)
-    for (_, model, plugin), members in by_cell(runs).items():
-        values = [_mean_and_sd(members, column) for column in _COLUMNS]
-        of_cell = [_weights(members)] if is_mixed else []
-        table.add_row(model, plugin, str(len(members)), *values, *of_cell)
-    return table
+def _folders(roots: Sequence[Path], *names: str) -> list[Path]:
+    """Folders below the roots that hold one of the files; Hydra's own copy is none."""
+    found: dict[Path, Path] = {}
+    for root in roots:
+        if not root.is_dir():
+            raise ValueError(f"{root} must be a folder of run folders, but there is none.")
+        for name in names:
+            for file in root.rglob(name):
+                if file.parent.name != ".hydra":
+                    found.setdefault(file.parent.resolve(), file.parent)
+    return sorted(found.values())
 
 
-def _weights(runs: Sequence[Run]) -> str:
-    """Which weights the runs were evaluated with."""
-    return ", ".join(sorted({run.metrics.get("weights", "unknown") for run in runs}))
+def _why_foreign(folder: Path) -> str:
+    """Why a ``metrics.json`` is not that of a run; empty if it is."""
+    try:
+        metrics = read_metrics(folder)
+    except ValueError as error:
+        return str(error)
+    lacking = [name for name in _NAMES if name not in metrics]
+    return f"its {METRICS_FILE} is not of a run: {lacking} are not in it" if lacking else ""
 
 
-def _mean_and_sd(runs: Sequence[Run], column: _Column) -> str:
-    values = [run.metrics[column.key] * column.factor for run in runs if column.key in run.metrics]
-    if not values:
-        return "-"
-    mean, spread = fmean(values), [stdev(values)] if len(values) > 1 else []
-    # Without the leading zero, as the papers' tables: so the table fits 80 columns.
-    return "±".join(f"{number:.{column.digits}f}".removeprefix("0") for number in (mean, *spread))
+def _why_unfinished(folder: Path) -> str:
+    if (folder / METRICS_FILE).exists():
+        return _why_foreign(folder)
+    said = read_error(folder)
+    return "interrupted, or still running" if said is None else said or "failed"
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration of a run; None if there is none, or another program's file."""
+    try:
+        # In C, for hundreds of runs: OmegaConf takes 50 times as long.
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        config = yaml.load((folder / "config.yaml").read_text(), loader)
+    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    is_own = isinstance(config, dict) and isinstance(config.get("names"), dict)
+    return config if is_own else None
+
+
+def _named(folder: Path) -> tuple[str, str, str, int | None, int | None]:
+    """Model, plug-in, data, seed and fold of a run without a result."""
+    config = _read_config(folder)
+    if config is not None:
+        names = config["names"]
+        return (
+            names["model"],
+            names["plugin"],
+            names["data"],
+            config["seed"],
+            config["data"]["fold"],
+        )
+    # A run that fails before it writes its configuration has a folder already.
+    drawn = re.match(r"seed=(\d+),fold=(\d+)", folder.name)
+    if drawn is None or len(folder.parts) < 4:
+        return "?", "?", "?", None, None
+    model, plugin, data = folder.parts[-4:-1]
+    return model, plugin, data, int(drawn[1]), int(drawn[2])
+
+
+def _distinguished(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with what tells those of the same names apart."""
+    alike: dict[CellKey, list[tuple[dict[str, str], Run]]] = {}
+    for run in runs:
+        if run.config is not None:
+            alike.setdefault(run.cell, []).append((run.config, run))
+    keys = {
+        cell: telling_keys([config for config, _ in own], [run.draw for _, run in own])
+        for cell, own in alike.items()
+    }
+    return [run._replace(setting=_setting(run, keys.get(run.cell))) for run in runs]
+
+
+def _setting(run: Run, keys: Sequence[str] | None) -> str:
+    if keys is None:  # no configuration in the cell
+        return ""
+    if run.config is None:
+        return "no config.yaml"
+    return ", ".join(f"{key}={run.config[key]}" for key in keys if key in run.config)

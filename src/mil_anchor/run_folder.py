@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 import traceback
 from collections.abc import Iterator
@@ -16,20 +17,16 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from mil_anchor.data.datamodule import BagDataModule
+from mil_anchor.failure import ERROR_FILE
 from mil_anchor.maps.file import MAPS_FILE
 from mil_anchor.module import Prediction
 from mil_anchor.results import METRICS_FILE, read_metrics
+from mil_anchor.settings import flat_config
 
-ERROR_FILE = "error.txt"
 # What may differ between an interrupted run and the one that continues it.
-_NOT_COMPARED = {
-    "resume",
-    "out",
-    "logger",
-    "threads",
-    "trainer.enable_progress_bar",
-    "data.keep_in_memory",
-}
+_NOT_COMPARED = re.compile(
+    r"resume|out|threads|logger(\..*)?|trainer\.enable_progress_bar|data\.keep_in_memory"
+)
 # File systems take names of 255 bytes.
 _LONGEST_NAME = 180
 # What a run writes besides its configuration.
@@ -71,7 +68,7 @@ def held(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = _lock(folder)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
@@ -91,6 +88,17 @@ def held(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process holds a run folder."""
+    if not folder.exists():
+        return False
+    try:
+        with _lock(folder).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 def completed(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | None:
     """The result of a run that is complete, or None if there is something left to do.
 
@@ -104,7 +112,7 @@ def completed(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | None:
     if not resolved["resume"] or not _is_begun(folder):
         return None
     earlier: Any = OmegaConf.to_container(OmegaConf.load(folder / _CONFIG_FILE))
-    changed = sorted(_flat(earlier).items() ^ _flat(resolved).items())
+    changed = sorted(_compared(earlier).items() ^ _compared(resolved).items())
     if changed:
         raise ValueError(
             f"{folder} holds a run of another configuration; these differ: "
@@ -183,16 +191,15 @@ def write_text(file: Path, text: str) -> None:
     partial.replace(file)
 
 
+def _lock(folder: Path) -> FileLock:
+    return FileLock(folder / ".lock")
+
+
 def _is_begun(folder: Path) -> bool:
     return any((folder / name).exists() for name in (METRICS_FILE, "checkpoints/last.ckpt"))
 
 
-def _flat(node: Any, path: str = "") -> dict[str, str]:
-    if path in _NOT_COMPARED:
-        return {}
-    if path == "trainer.devices" and isinstance(node, list):
-        node = len(node)  # which of them does not matter
-    if not isinstance(node, dict):
-        return {path: repr(node)}
-    children = (_flat(child, f"{path}.{name}".lstrip(".")) for name, child in node.items())
-    return {key: value for child in children for key, value in child.items()}
+def _compared(config: Any) -> dict[str, str]:
+    return {
+        key: value for key, value in flat_config(config).items() if not _NOT_COMPARED.fullmatch(key)
+    }

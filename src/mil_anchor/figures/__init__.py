@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
 
 from mil_anchor.figures.curves import concentration_figure, jsd_figure
 from mil_anchor.figures.embedding import tsne_figure
+from mil_anchor.figures.reliability import reliability_figure
 from mil_anchor.figures.targets import targets_figure
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "concentration_figure",
     "draw_figures",
     "jsd_figure",
+    "reliability_figure",
     "targets_figure",
     "tsne_figure",
 ]
@@ -32,6 +34,7 @@ FIGURES: dict[str, Callable[[Sequence[Run]], Figure]] = {
     "concentration": concentration_figure,
     "tsne": tsne_figure,
     "targets": targets_figure,
+    "reliability": reliability_figure,
 }
 
 

@@ -36,11 +36,22 @@ def make_grid(
     height: float = 2.6,
     sharex: bool | Literal["row", "col"] = False,
     sharey: bool | Literal["row", "col"] = False,
+    height_ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, list[list[Axes]]]:
-    """A figure with a grid of panels, width and height of each in inches, and room for a legend."""
+    """A figure with a grid of panels, width and height of each in inches, and room for a legend.
+
+    With ``height_ratios``, one for each row, ``height`` is the mean over the rows.
+    """
     size = (width * n_columns + 1.6, height * n_rows + 0.6)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(n_rows, n_columns, squeeze=False, sharex=sharex, sharey=sharey)
+    axes = figure.subplots(
+        n_rows,
+        n_columns,
+        squeeze=False,
+        sharex=sharex,
+        sharey=sharey,
+        height_ratios=height_ratios,
+    )
     return figure, [list(row) for row in axes]
 
 

@@ -1,0 +1,263 @@
+"""Compares plug-ins with the same runs without one, pair by pair."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mil_anchor.calibration import calibration
+from mil_anchor.environment import ENVIRONMENT_FILE
+from mil_anchor.predictions import PREDICTIONS_FILE, Predictions, read_predictions
+from mil_anchor.results import CellKey, Progress, Run, by_cell
+from mil_anchor.settings import bearing
+from mil_anchor.stats import (
+    PairedTest,
+    combine_p_values,
+    delong_test,
+    holm,
+    paired_test,
+    permutation_test,
+)
+
+
+class Pair(NamedTuple):
+    """A run with a plug-in, and the one that differs from it in the plug-in alone."""
+
+    own: Run
+    base: Run
+
+
+class Comparison(NamedTuple):
+    """What a plug-in changes in a metric, over the seeds and folds of a data set and model.
+
+    Args:
+        data: Data set.
+        model: Model.
+        plugin: Plug-in with its setting.
+        metric: Key of ``metrics.json`` without its part, such as ``auroc``.
+        differences: With the plug-in minus without, a number for each pair.
+        test: Over the pairs; see `mil_anchor.stats.paired_test`.
+        sign_flip_p: Of the test; NaN for a single pair, which can show nothing.
+        holm_p: The same, corrected for the data sets of the model, plug-in and metric.
+        slides_p: Over the slides of each pair (DeLong's test of the AUROC, permutations for F1),
+            combined over the pairs; None for other metrics, and where the predictions do not allow
+            it.
+    """
+
+    data: str
+    model: str
+    plugin: str
+    metric: str
+    differences: list[float]
+    test: PairedTest
+    sign_flip_p: float
+    holm_p: float
+    slides_p: float | None
+
+
+class PredictionReader:
+    """Reads what runs predicted on a part, each file once.
+
+    Args:
+        part: ``test`` or ``val``.
+    """
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+        self._read: dict[Path, Predictions | None] = {}
+
+    def predictions(self, run: Run) -> Predictions | None:
+        """The run's predictions; None if there are none that can be read."""
+        if run.folder not in self._read:
+            self._read[run.folder] = self._predictions(run.folder / PREDICTIONS_FILE)
+        return self._read[run.folder]
+
+    def metric(self, run: Run, metric: str) -> float | None:
+        """A metric of the part; ``calibration_error`` comes from the predictions."""
+        if metric != "calibration_error":
+            value = run.metrics.get(f"{self.part}/{metric}")
+            return None if value is None else float(value)
+        own = self.predictions(run)
+        return None if own is None else calibration(own.labels, own.probabilities).error
+
+    def slides_p(self, pairs: Sequence[Pair], metric: str) -> float | None:
+        """The p-values of the pairs, each over its slides, combined; None if there is none."""
+        p_values: list[float] = []
+        slides: list[str] = []
+        for pair in pairs:
+            own, base = self.predictions(pair.own), self.predictions(pair.base)
+            if own is None or base is None or not _same_slides(own, base):
+                continue
+            p_value = _slides_p(own, base, metric)
+            if p_value is not None:
+                p_values.append(p_value)
+                slides += own.bag_ids
+        if not p_values:
+            return None
+        return combine_p_values(p_values, independent=len(set(slides)) == len(slides))
+
+    def _predictions(self, file: Path) -> Predictions | None:
+        try:
+            own = read_predictions(file).of_part(self.part)
+        except (OSError, ValueError):
+            return None
+        return own if own.bag_ids else None
+
+
+def pair_runs(runs: Iterable[Run], *, base: str = "none") -> dict[CellKey, list[Pair]]:
+    """Each plug-in's runs beside those of the base plug-in that are equal in all else.
+
+    Equal are data, model, seed, fold and all of the configuration that bears on the result,
+    besides the plug-in's own. Where several qualify, one of the same ``out``
+    is taken.
+
+    Args:
+        runs: Those to be paired.
+        base: Name of the plug-in that the others are compared with.
+
+    Returns:
+        The pairs of each cell that has one.
+    """
+    cells = by_cell(runs)
+    known: dict[Any, list[Run]] = {}
+    for run in (run for members in cells.values() for run in members):
+        if run.metrics["plugin"] == base:
+            known.setdefault(_without_plugin(run), []).append(run)
+    pairs: dict[CellKey, list[Pair]] = {}
+    for cell, members in cells.items():
+        for run in members:
+            partners = known.get(_without_plugin(run), [])
+            if partners and run.metrics["plugin"] != base:
+                nearest = min(partners, key=lambda partner: _out(partner) != _out(run))
+                pairs.setdefault(cell, []).append(Pair(run, nearest))
+    return pairs
+
+
+def compare(
+    runs: Iterable[Run],
+    metrics: Sequence[str] = ("f1", "auroc", "accuracy"),
+    *,
+    reader: PredictionReader,
+    progress: Progress = iter,
+) -> list[Comparison]:
+    """Compare each plug-in with ``plugin=none`` on each data set and model.
+
+    A pair (seed and fold) is a case, never a slide of it: seeds share their slides. Within a pair
+    the slides are the cases; those p-values are combined in a way that allows for pairs that share
+    slides, where they do.
+
+    Args:
+        runs: Complete runs.
+        metrics: Keys of ``metrics.json`` without the part; ``calibration_error`` is measured here.
+        reader: Of the part that is compared.
+        progress: Called with the cells to be compared; gives them one by one.
+
+    Returns:
+        A comparison for each cell and metric that a pair has.
+
+    Source:
+        Holm (1979) over the data sets, within a model, plug-in and metric. The tests are those of
+        `mil_anchor.stats`.
+    """
+    pairs = pair_runs(runs)
+    found = []
+    for cell in progress(list(pairs)):
+        data, model, plugin = cell
+        for metric in metrics:
+            values = [
+                (own, base)
+                for pair in pairs[cell]
+                for own in [reader.metric(pair.own, metric)]
+                for base in [reader.metric(pair.base, metric)]
+                if own is not None and base is not None
+            ]
+            if values:
+                differences = [own - base for own, base in values]
+                test = paired_test(differences)
+                p_value = test.sign_flip_p if len(differences) > 1 else math.nan
+                found.append(
+                    Comparison(
+                        data,
+                        model,
+                        plugin,
+                        metric,
+                        differences,
+                        test,
+                        sign_flip_p=p_value,
+                        holm_p=p_value,
+                        slides_p=reader.slides_p(pairs[cell], metric),
+                    )
+                )
+    return _corrected(found)
+
+
+def ratio_to_base(pairs: Sequence[Pair], key: str) -> float | None:
+    """Geometric mean of a metric's ratio to the base run; None where a pair has none above 0."""
+    known = [(p.own.metrics[key], p.base.metrics[key]) for p in pairs if _has(p, key)]
+    if not known or min(min(values) for values in known) <= 0:
+        return None
+    return math.exp(fmean(math.log(own / base) for own, base in known))
+
+
+def read_environment(run: Run) -> dict[str, Any]:
+    """The run's ``environment.json``; empty if there is none."""
+    file = run.folder / ENVIRONMENT_FILE
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
+def on_one_machine(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs of which both runs had the same processor, threads and GPU."""
+    return [pair for pair in pairs if _hardware(pair.own) == _hardware(pair.base)]
+
+
+def _slides_p(own: Predictions, base: Predictions, metric: str) -> float | None:
+    try:
+        if metric == "auroc":
+            return delong_test(own.labels, own.probabilities, base.probabilities).p_value
+        if metric == "f1":
+            chosen = [part.probabilities.argmax(axis=1) for part in (own, base)]
+            return permutation_test(own.labels, *chosen).p_value
+    except ValueError:  # too few slides of a class
+        return None
+    return None
+
+
+def _same_slides(own: Predictions, base: Predictions) -> bool:
+    return own.bag_ids == base.bag_ids and bool(np.array_equal(own.labels, base.labels))
+
+
+def _corrected(found: Sequence[Comparison]) -> list[Comparison]:
+    """Holm's correction over the data sets."""
+    families: dict[tuple[str, ...], list[int]] = {}
+    for index, one in enumerate(found):
+        families.setdefault((one.model, one.plugin, one.metric), []).append(index)
+    corrected = list(found)
+    for members in families.values():
+        p_values = holm([found[index].sign_flip_p for index in members])
+        for index, p_value in zip(members, p_values, strict=True):
+            corrected[index] = found[index]._replace(holm_p=p_value)
+    return corrected
+
+
+def _without_plugin(run: Run) -> Any:
+    config = bearing(run.config or {}).items()
+    rest = {(key, own) for key, own in config if key != "site" and not key.startswith("plugin.")}
+    return *run.cell[:2], run.draw, frozenset(rest)
+
+
+def _out(run: Run) -> str | None:
+    return (run.config or {}).get("out")
+
+
+def _has(pair: Pair, key: str) -> bool:
+    return key in pair.own.metrics and key in pair.base.metrics
+
+
+def _hardware(run: Run) -> list[Any]:
+    environment = read_environment(run)
+    return [environment.get(key) for key in ("processor", "n_threads", "gpu")]

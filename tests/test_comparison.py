@@ -1,0 +1,231 @@
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel, wilcoxon
+
+from mil_anchor.calibration import calibration
+from mil_anchor.comparison import (
+    PredictionReader,
+    compare,
+    on_one_machine,
+    pair_runs,
+    ratio_to_base,
+)
+from mil_anchor.results import read_runs
+from mil_anchor.stats import combine_p_values, delong_test, permutation_test
+from tests.run_folders import write_run
+
+NONE = (0.50, 0.60, 0.55, 0.70)
+ANCHOR = (0.56, 0.62, 0.54, 0.78)
+
+
+def _write_seeds(root, plugin, values, **options):
+    for seed, value in enumerate(values):
+        write_run(root, plugin, seed, f1=value, **options)
+
+
+def _compared(root, *metrics):
+    return compare(read_runs(root), metrics, reader=PredictionReader("test"))
+
+
+def _random_predictions(seed, n_bags=12, start=0):
+    generator = np.random.default_rng(seed)
+    labels = np.arange(n_bags) % 2
+    drawn = np.clip(0.35 * labels + generator.uniform(0, 0.65, n_bags), 0, 1)
+    return [
+        (f"b{start + place}", int(label), float(p))
+        for place, (label, p) in enumerate(zip(labels, drawn, strict=True))
+    ]
+
+
+def test_compare__pairs_of_seeds__give_the_paired_tests(tmp_path):
+    _write_seeds(tmp_path, "none", NONE)
+    _write_seeds(tmp_path, "anchor", ANCHOR)
+    write_run(tmp_path, "anchor", 9, f1=0.9)  # nothing to be compared with
+
+    (one,) = _compared(tmp_path, "f1")
+
+    assert (one.data, one.model, one.plugin, one.metric) == ("musk1", "abmil", "anchor", "f1")
+    assert one.differences == pytest.approx([0.06, 0.02, -0.01, 0.08])
+    assert one.test.mean == pytest.approx(0.0375)
+    expected = ttest_rel(ANCHOR, NONE).confidence_interval(0.95)
+    assert one.test.interval == pytest.approx(tuple(expected))
+    # Of 16 ways to flip signs: ++++, ++-+ and their opposites have an absolute sum of .15 or more.
+    assert one.sign_flip_p == one.holm_p == 4 / 16
+    assert one.test.wilcoxon_p == wilcoxon(np.round(one.differences, 9)).pvalue
+    assert one.slides_p is None  # no predictions
+
+
+def test_compare__single_pair__has_a_difference_and_no_p_value(tmp_path):
+    _write_seeds(tmp_path, "none", NONE[:1])
+    _write_seeds(tmp_path, "anchor", ANCHOR[:1])
+
+    (one,) = _compared(tmp_path, "f1")
+
+    assert one.differences == pytest.approx([0.06])
+    assert math.isnan(one.sign_flip_p)
+    assert math.isnan(one.holm_p)
+
+
+def test_compare__two_data_sets__corrects_within_model_plugin_and_metric(tmp_path):
+    for data, values in {"musk1": [0.1] * 5, "musk2": [0.1, 0.1, 0.1, 0.1, -0.1]}.items():
+        _write_seeds(tmp_path, "none", [0.5] * 5, data=data)
+        _write_seeds(tmp_path, "anchor", [0.5 + value for value in values], data=data)
+    _write_seeds(tmp_path, "none", [0.5] * 5, model="dsmil")
+    _write_seeds(tmp_path, "anchor", [0.6] * 5, model="dsmil")
+
+    found = {(one.data, one.model): one for one in _compared(tmp_path, "f1")}
+
+    # 2 of 32 flips; 12 of 32 (five with one sign turned, all of one sign, and their opposites).
+    assert found["musk1", "abmil"].sign_flip_p == 2 / 32
+    assert found["musk1", "abmil"].holm_p == 2 * 2 / 32
+    assert found["musk2", "abmil"].holm_p == found["musk2", "abmil"].sign_flip_p == 12 / 32
+    assert found["musk1", "dsmil"].holm_p == 2 / 32
+
+
+def test_compare__metric_of_one_run_only__is_no_pair(tmp_path):
+    write_run(tmp_path, "none", f1=0.5, auroc=0.5)
+    write_run(tmp_path, "anchor", f1=0.6)
+
+    assert [one.metric for one in _compared(tmp_path, "f1", "auroc")] == ["f1"]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_compare__predictions__combine_tests_over_slides(tmp_path, shared):
+    p_auroc, p_f1 = [], []
+    for fold in range(3):
+        own, base = (
+            _random_predictions(10 * fold + which, start=0 if shared else 100 * fold)
+            for which in range(2)
+        )
+        write_run(tmp_path, "anchor", fold=fold, f1=0.5, auroc=0.5, accuracy=0.5, predictions=own)
+        shuffled = base[::-1]  # the order of bags in the file does not matter
+        write_run(
+            tmp_path, "none", fold=fold, f1=0.5, auroc=0.5, accuracy=0.5, predictions=shuffled
+        )
+        labels = np.array([label for _, label, _ in own])
+        a, b = (np.array([p for _, _, p in rows]) for rows in (own, base))
+        p_auroc.append(delong_test(labels, a, b).p_value)
+        chosen = [(p > 0.5).astype(int) for p in (a, b)]
+        p_f1.append(permutation_test(labels, *chosen).p_value)
+
+    auroc, f1, accuracy = _compared(tmp_path, "auroc", "f1", "accuracy")
+
+    assert auroc.slides_p == pytest.approx(combine_p_values(p_auroc, independent=not shared))
+    assert f1.slides_p == pytest.approx(combine_p_values(p_f1, independent=not shared))
+    assert accuracy.slides_p is None
+
+
+@pytest.mark.parametrize(
+    "change", ["other slides", "other label", "no file", "one class", "broken"]
+)
+def test_compare__predictions_that_cannot_be_paired__leave_the_runs_paired(tmp_path, change):
+    own, base = _random_predictions(0), _random_predictions(1)
+    if change == "other slides":
+        own[0] = ("another", *own[0][1:])
+    elif change == "other label":
+        own[0] = (own[0][0], 1 - own[0][1], own[0][2])
+    elif change == "one class":
+        own, base = ([(bag, 1, p) for bag, _, p in rows] for rows in (own, base))
+    folder = write_run(tmp_path, "anchor", auroc=0.6, predictions=own)
+    write_run(tmp_path, "none", auroc=0.5, predictions=base)
+    if change == "no file":
+        (folder / "predictions.csv").unlink()
+    elif change == "broken":
+        (folder / "predictions.csv").write_text("bag_id,label\na,b\n")
+
+    (one,) = _compared(tmp_path, "auroc")
+
+    assert one.slides_p is None
+    assert one.differences == pytest.approx([0.1])
+
+
+def test_compare__calibration_error__comes_from_the_predictions(tmp_path):
+    expected = []
+    for which, plugin in enumerate(("anchor", "none")):
+        rows = _random_predictions(which)
+        write_run(tmp_path, plugin, predictions=rows)
+        probabilities = np.array([[1 - p, p] for _, _, p in rows])
+        labels = np.array([label for _, label, _ in rows])
+        expected.append(calibration(labels, probabilities).error)
+
+    (one,) = _compared(tmp_path, "calibration_error")
+
+    assert one.differences == pytest.approx([expected[0] - expected[1]])
+
+
+def test_pair_runs__settings__are_paired_with_the_same_settings(tmp_path):
+    for lr in (0.1, 0.2):
+        write_run(tmp_path, "none", settings={"module.lr": lr}, f1=lr)
+        for weight in (1, 2):
+            write_run(tmp_path, "anchor", settings={"module.lr": lr, "plugin.weight": weight})
+    write_run(tmp_path, "anchor", settings={"module.lr": 0.3, "plugin.weight": 1})
+
+    pairs = pair_runs(read_runs(tmp_path))
+
+    assert {
+        cell[2]: [pair.base.metrics["test/f1"] for pair in own] for cell, own in pairs.items()
+    } == {
+        f"anchor (module.lr={lr}, plugin.weight={weight})": [lr]
+        for lr in (0.1, 0.2)
+        for weight in (1, 2)
+    }
+
+
+def test_pair_runs__bases_of_two_sweeps__takes_that_of_the_same_sweep(tmp_path):
+    for out, value in (("a", 0.1), ("b", 0.2)):
+        write_run(tmp_path / out, "none", settings={"out": out}, f1=value)
+    write_run(tmp_path / "b", "anchor", settings={"out": "b"})
+    write_run(tmp_path / "c", "slow", settings={"out": "c"})
+
+    pairs = pair_runs(read_runs(tmp_path))
+
+    assert pairs["musk1", "abmil", "anchor"][0].base.metrics["test/f1"] == 0.2
+    assert pairs["musk1", "abmil", "slow"][0].base.metrics["test/f1"] == 0.1
+
+
+def test_pair_runs__site_of_the_plugin__does_not_matter_to_the_run_without(tmp_path):
+    write_run(tmp_path, "none")
+    write_run(tmp_path, "anchor", settings={"site": "model.attention"})
+
+    assert list(pair_runs(read_runs(tmp_path))) == [("musk1", "abmil", "anchor")]
+
+
+def test_pair_runs__other_base__is_compared_with(tmp_path):
+    write_run(tmp_path, "anchor_nsf", time__epoch_s=2.0)
+    write_run(tmp_path, "anchor_entmax", time__epoch_s=3.0)
+
+    pairs = pair_runs(read_runs(tmp_path), base="anchor_nsf")
+
+    assert ratio_to_base(pairs["musk1", "abmil", "anchor_entmax"], "time/epoch_s") == 1.5
+
+
+def test_ratio_to_base__pairs__is_a_geometric_mean(tmp_path):
+    for seed, (own, base) in enumerate([(2.0, 1.0), (1.0, 8.0)]):
+        write_run(tmp_path, "anchor", seed, attention__jsd=own)
+        write_run(tmp_path, "none", seed, attention__jsd=base)
+    write_run(tmp_path, "anchor", 5, attention__jsd=9.0)
+    write_run(tmp_path, "none", 5)
+    (pairs,) = pair_runs(read_runs(tmp_path)).values()
+
+    assert ratio_to_base(pairs, "attention/jsd") == pytest.approx(0.5)
+    assert ratio_to_base(pairs, "attention/entropy") is None
+
+
+def test_ratio_to_base__zero__has_none(tmp_path):
+    write_run(tmp_path, "anchor", attention__jsd=0.0)
+    write_run(tmp_path, "none", attention__jsd=1.0)
+    (pairs,) = pair_runs(read_runs(tmp_path)).values()
+
+    assert ratio_to_base(pairs, "attention/jsd") is None
+
+
+def test_on_one_machine__other_processor__is_left_out(tmp_path):
+    for seed, processor in enumerate(("x", "y")):
+        write_run(tmp_path, "none", seed, environment={"processor": "x", "n_threads": 1})
+        environment = {"processor": processor, "n_threads": 1, "commit": "other"}
+        write_run(tmp_path, "anchor", seed, environment=environment)
+    (pairs,) = pair_runs(read_runs(tmp_path)).values()
+
+    assert [pair.own.draw for pair in on_one_machine(pairs)] == [(0, 0)]
