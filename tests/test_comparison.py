@@ -117,6 +117,27 @@ def test_compare__predictions__combine_tests_over_slides(tmp_path, shared):
     assert accuracy.slides_p is None
 
 
+def test_compare__slides_of_patients__count_patients_as_cases(tmp_path):
+    own, base = _random_predictions(0), _random_predictions(1)
+    folder = write_run(tmp_path, "anchor", f1=0.5, auroc=0.5, predictions=own)
+    write_run(tmp_path, "none", f1=0.5, auroc=0.5, predictions=base)
+    patients = {bag: f"patient {index // 3}" for index, (bag, _, _) in enumerate(own)}
+    rows = [f"{bag},{label},test,{patients[bag]}" for bag, label, _ in own]
+    (folder / "split.csv").write_text("\n".join(["slide_id,label,split,case_id", *rows]))
+    ordered = sorted(own)
+    labels = np.array([label for _, label, _ in ordered])
+    a, b = (np.array([p for _, _, p in sorted(part)]) for part in (own, base))
+    groups = [patients[bag] for bag, _, _ in ordered]
+
+    auroc, f1 = _compared(tmp_path, "auroc", "f1")
+
+    expected = delong_test(labels, a, b, groups=groups).p_value
+    assert auroc.slides_p == pytest.approx(expected)
+    assert auroc.slides_p != pytest.approx(delong_test(labels, a, b).p_value)
+    chosen = [(p > 0.5).astype(int) for p in (a, b)]
+    assert f1.slides_p == pytest.approx(permutation_test(labels, *chosen, groups=groups).p_value)
+
+
 @pytest.mark.parametrize(
     "change", ["other slides", "other label", "no file", "one class", "broken"]
 )

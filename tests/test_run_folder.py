@@ -3,7 +3,8 @@ import torch
 
 from mil_anchor.data.bags import Bag
 from mil_anchor.data.datamodule import BagDataModule
-from mil_anchor.run_folder import prepare_folder, write_parts
+from mil_anchor.data.labels import read_labels
+from mil_anchor.run_folder import prepare_folder, read_cases, write_parts
 
 _LEFT = ("attention.h5", "predictions.csv", "heatmaps/a.png", "checkpoints/best.ckpt")
 
@@ -48,6 +49,18 @@ def _data(train, val):
         for names in (train, val)
     ]
     return BagDataModule(*bags)
+
+
+def test_write_parts__bags_of_patients__are_read_back_with_them(tmp_path):
+    data = _data("ab", "cd")
+    write_parts(tmp_path / "split.csv", data)
+    assert read_cases(tmp_path) == {}
+
+    data.cases = {"a": "p", "b": "p", "c": "q", "d": "r"}
+    write_parts(tmp_path / "split.csv", data)
+
+    assert read_cases(tmp_path) == data.cases
+    assert read_labels(tmp_path / "split.csv").cases == ["p", "p", "q", "r"]
 
 
 def test_write_parts__run_to_be_continued_with_other_parts__is_refused(tmp_path):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from mil_anchor.calibration import calibration
 from mil_anchor.environment import ENVIRONMENT_FILE
 from mil_anchor.predictions import PREDICTIONS_FILE, Predictions, read_predictions
 from mil_anchor.results import CellKey, Progress, Run, by_cell
+from mil_anchor.run_folder import read_cases
 from mil_anchor.settings import bearing
 from mil_anchor.stats import (
     PairedTest,
@@ -92,7 +93,8 @@ class PredictionReader:
             own, base = self.predictions(pair.own), self.predictions(pair.base)
             if own is None or base is None or not _same_slides(own, base):
                 continue
-            p_value = _slides_p(own, base, metric)
+            cases = read_cases(pair.own.folder)
+            p_value = _slides_p(own, base, metric, cases=cases)
             if p_value is not None:
                 p_values.append(p_value)
                 slides += own.bag_ids
@@ -215,13 +217,18 @@ def on_one_machine(pairs: Sequence[Pair]) -> list[Pair]:
     return [pair for pair in pairs if _hardware(pair.own) == _hardware(pair.base)]
 
 
-def _slides_p(own: Predictions, base: Predictions, metric: str) -> float | None:
+def _slides_p(
+    own: Predictions, base: Predictions, metric: str, *, cases: Mapping[str, str]
+) -> float | None:
+    # The slides of a patient are no independent cases.
+    groups = [cases.get(bag_id, bag_id) for bag_id in own.bag_ids]
+    probabilities = own.probabilities, base.probabilities
     try:
         if metric == "auroc":
-            return delong_test(own.labels, own.probabilities, base.probabilities).p_value
+            return delong_test(own.labels, *probabilities, groups=groups).p_value
         if metric == "f1":
-            chosen = [part.probabilities.argmax(axis=1) for part in (own, base)]
-            return permutation_test(own.labels, *chosen).p_value
+            chosen = [rows.argmax(axis=1) for rows in probabilities]
+            return permutation_test(own.labels, *chosen, groups=groups).p_value
     except ValueError:  # too few slides of a class
         return None
     return None

@@ -32,6 +32,7 @@ from mil_anchor.loggers import log_result, opened_loggers
 from mil_anchor.maps.file import MAPS_FILE
 from mil_anchor.maps.recorder import MapRecorder
 from mil_anchor.run_folder import (
+    SPLIT_FILE,
     folder_name,
     held,
     prepare_folder,
@@ -159,7 +160,7 @@ def _train_and_evaluate(
     check_ranks(trainer)
     data = _data(config, trainer)
     if trainer.is_global_zero:
-        write_parts(folder / "split.csv", data)
+        write_parts(folder / SPLIT_FILE, data)
     maps.epochs_of = _ranked(data.val_bags)[: config.maps]
     module = build_module(config, data)
     _fit(trainer, module, data, folder / "checkpoints" / "last.ckpt")

@@ -17,12 +17,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from mil_anchor.data.datamodule import BagDataModule
+from mil_anchor.data.tables import read_rows
 from mil_anchor.failure import ERROR_FILE
 from mil_anchor.maps.file import MAPS_FILE
 from mil_anchor.module import Prediction
 from mil_anchor.results import METRICS_FILE, read_metrics
 from mil_anchor.settings import flat_config
 
+SPLIT_FILE = "split.csv"
 # What may differ between an interrupted run and the one that continues it.
 _NOT_COMPARED = re.compile(
     r"resume|out|threads|logger(\..*)?|trainer\.enable_progress_bar|data\.keep_in_memory"
@@ -33,7 +35,7 @@ _LONGEST_NAME = 180
 _FILES = (
     METRICS_FILE,
     ERROR_FILE,
-    "split.csv",
+    SPLIT_FILE,
     "predictions.csv",
     "attention.csv",
     MAPS_FILE,
@@ -149,15 +151,17 @@ def prepare_folder(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | N
 def write_parts(file: Path, data: BagDataModule) -> None:
     """Write ``split.csv``, the part of each bag, which ``data.splits`` and ``data.labels`` read.
 
+    It has the case of each bag, too, where some cases have several bags.
+
     Raises:
         ValueError: If the run to be continued was begun with other bags, labels or parts.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["slide_id", "label", "split"])
+    writer.writerow(["slide_id", "label", "split", *(["case_id"] if data.cases else [])])
     for part, bags in data.parts.items():
         for bag_id, label in zip(bags.bag_ids, bags.labels, strict=True):
-            writer.writerow([bag_id, label, part])
+            writer.writerow([bag_id, label, part, *([data.cases[bag_id]] if data.cases else [])])
     # Files keep their names when their content changes: the run may have trained on test bags.
     is_begun = (file.parent / "checkpoints" / "last.ckpt").exists() and file.exists()
     if is_begun and file.read_text() != text.getvalue():
@@ -167,6 +171,13 @@ def write_parts(file: Path, data: BagDataModule) -> None:
             "replace that run."
         )
     write_text(file, text.getvalue())
+
+
+def read_cases(folder: Path) -> dict[str, str]:
+    """The case of each bag of a run by its id; empty where every bag is its own."""
+    file = folder / SPLIT_FILE
+    rows = read_rows(file) if file.exists() else []
+    return {row["slide_id"]: row["case_id"] for row in rows if "case_id" in row}
 
 
 def write_predictions(file: Path, rows: list[tuple[str, Prediction]]) -> None:

@@ -67,6 +67,24 @@ def test_folder__no_split_given__makes_folds_that_test_every_slide_once(written)
     assert sorted(tested) == sorted(data.train_bags.bag_ids + data.val_bags.bag_ids + parts["test"])
 
 
+def test_folder__patients_of_several_slides__are_known(written, tmp_path):
+    cohort, folder = written
+    cases = {slide_id: f"p{index // 2}" for index, slide_id in enumerate(cohort.bag_ids)}
+    rows = [
+        f"{slide_id},{label},{cases[slide_id]}"
+        for slide_id, label in zip(cohort.bag_ids, cohort.labels, strict=True)
+    ]
+    (tmp_path / "patients.csv").write_text("\n".join(["slide_id,label,case_id", *rows]))
+
+    of_slides = FolderDataModule(folder, folder / "labels.csv", splits=folder)
+    of_patients = FolderDataModule(folder, tmp_path / "patients.csv", n_folds=2)
+    for data in (of_slides, of_patients):
+        data.setup("fit")
+
+    assert of_slides.cases == {}
+    assert of_patients.cases == cases
+
+
 def test_folder__column_of_parts__is_the_split_and_allows_no_fold(written, tmp_path):
     cohort, folder = written
     rows = [

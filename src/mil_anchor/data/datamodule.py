@@ -38,6 +38,7 @@ class BagDataModule(LightningDataModule):
 
     Attributes:
         mpp: Micrometres per level-0 pixel of the bags' coordinates; None if it is unknown.
+        cases: The case (patient) of bags by their ids; empty where every bag is its own.
 
     Raises:
         ValueError: If ``batch_size`` or ``num_workers`` is out of range.
@@ -56,6 +57,7 @@ class BagDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.mpp: float | int | None = None
+        self.cases: dict[str, str] = {}
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but {batch_size} came. Use 1.")
         if num_workers < 0:

@@ -75,6 +75,8 @@ class SlideDataModule(BagDataModule, ABC):
         budget = MemoryBudget(keep_in_memory=self.keep_in_memory, n_processes=n_processes)
         store, table, split = self.open()
         self.classes = table.classes
+        if len(set(table.cases)) < len(table.cases):
+            self.cases = dict(zip(table.slide_ids, table.cases, strict=True))
         parts = [
             SlideBags(
                 store,
