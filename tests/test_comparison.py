@@ -138,16 +138,47 @@ def test_compare__slides_of_patients__count_patients_as_cases(tmp_path):
     assert f1.slides_p == pytest.approx(permutation_test(labels, *chosen, groups=groups).p_value)
 
 
-@pytest.mark.parametrize(
-    "change", ["other slides", "other label", "no file", "one class", "broken"]
-)
+@pytest.mark.parametrize("patient", ["shared", "own"])
+def test_compare__patient_with_slides_in_two_folds__makes_their_tests_dependent(tmp_path, patient):
+    p_values = []
+    for fold in range(2):
+        own, base = (_random_predictions(10 * fold + i, start=100 * fold) for i in range(2))
+        folder = write_run(tmp_path, "anchor", fold=fold, auroc=0.5, predictions=own)
+        write_run(tmp_path, "none", fold=fold, auroc=0.5, predictions=base)
+        names = [f"p{fold}_{index}" for index in range(len(own))]
+        names[0] = "p" if patient == "shared" else names[1]  # of two slides of this fold
+        rows = [f"{one[0]},{one[1]},test,{name}" for one, name in zip(own, names, strict=True)]
+        (folder / "split.csv").write_text("\n".join(["slide_id,label,split,case_id", *rows]))
+        ordered = sorted(zip(own, names, strict=True))
+        labels = np.array([one[1] for one, _ in ordered])
+        a, b = (np.array([p for _, _, p in sorted(part)]) for part in (own, base))
+        p_values.append(delong_test(labels, a, b, groups=[name for _, name in ordered]).p_value)
+
+    (auroc,) = _compared(tmp_path, "auroc")
+
+    expected = combine_p_values(p_values, independent=patient == "own")
+    assert auroc.slides_p == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("change", ["other slides", "other label"])
+def test_compare__predictions_of_other_slides__are_no_pair(tmp_path, change, caplog):
+    own, base = _random_predictions(0), _random_predictions(1)
+    bag_id, label, probability = own[0]
+    own[0] = ("z", label, probability) if change == "other slides" else (bag_id, 1, probability)
+    for seed, rows in enumerate((own, _random_predictions(2))):
+        write_run(tmp_path, "anchor", seed, f1=0.6 + seed / 10, predictions=rows)
+        write_run(tmp_path, "none", seed, f1=0.5, predictions=base)
+
+    (one,) = _compared(tmp_path, "f1")
+
+    assert one.differences == pytest.approx([0.2])
+    assert "1 pair(s) left out, of other bags" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["no file", "one class", "broken"])
 def test_compare__predictions_that_cannot_be_paired__leave_the_runs_paired(tmp_path, change):
     own, base = _random_predictions(0), _random_predictions(1)
-    if change == "other slides":
-        own[0] = ("another", *own[0][1:])
-    elif change == "other label":
-        own[0] = (own[0][0], 1 - own[0][1], own[0][2])
-    elif change == "one class":
+    if change == "one class":
         own, base = ([(bag, 1, p) for bag, _, p in rows] for rows in (own, base))
     folder = write_run(tmp_path, "anchor", auroc=0.6, predictions=own)
     write_run(tmp_path, "none", auroc=0.5, predictions=base)
@@ -158,8 +189,41 @@ def test_compare__predictions_that_cannot_be_paired__leave_the_runs_paired(tmp_p
 
     (one,) = _compared(tmp_path, "auroc")
 
-    assert one.slides_p is None
+    assert (one.slides_p, one.n_left_out) == (None, 1)
     assert one.differences == pytest.approx([0.1])
+
+
+def test_compare__pair_without_variance__leaves_the_others_p_value(tmp_path):
+    # One model separates the classes, the other ties them: no bag says how far chance can go.
+    labels = [0, 0, 1, 1]
+    sure = [(f"s{place}", label, float(label)) for place, label in enumerate(labels)]
+    blind = [(bag, label, 0.5) for bag, label, _ in sure]
+    rows = [(sure, blind), (_random_predictions(0), _random_predictions(1))]
+    for fold, (own, base) in enumerate(rows):
+        write_run(tmp_path, "anchor", fold=fold, auroc=0.6, predictions=own)
+        write_run(tmp_path, "none", fold=fold, auroc=0.5, predictions=base)
+
+    (one,) = _compared(tmp_path, "auroc")
+
+    bags = np.array([label for _, label, _ in rows[1][0]])
+    a, b = (np.array([p for _, _, p in part]) for part in rows[1])
+    assert one.slides_p == pytest.approx(delong_test(bags, a, b).p_value)
+    assert one.n_left_out == 1
+
+
+def test_compare__metrics_in_float32__tie_where_they_are_equal(tmp_path):
+    # Accuracies on 14 bags: differences of 1, -1 and 2 bags, in float32.
+    for seed, (own, base) in enumerate([(10, 9), (8, 9), (11, 9)]):
+        for plugin, right in (("anchor", own), ("none", base)):
+            accuracy = float(np.float32(right) / np.float32(14))
+            write_run(tmp_path, plugin, seed, accuracy=accuracy)
+
+    (one,) = _compared(tmp_path, "accuracy")
+
+    assert len({abs(own) for own in one.differences}) == 3
+    # Sums of bags over all flips: 4, 2, 2, 0 and their opposites; 2 was observed.
+    assert one.sign_flip_p == 6 / 8
+    assert one.test.wilcoxon_p == wilcoxon([1, -1, 2]).pvalue
 
 
 def test_compare__calibration_error__comes_from_the_predictions(tmp_path):
@@ -250,3 +314,14 @@ def test_on_one_machine__other_processor__is_left_out(tmp_path):
     (pairs,) = pair_runs(read_runs(tmp_path)).values()
 
     assert [pair.own.draw for pair in on_one_machine(pairs)] == [(0, 0)]
+
+
+@pytest.mark.parametrize("content", [None, "[]", '{"processor": '])
+def test_on_one_machine__unknown_machines__are_left_out(tmp_path, content):
+    for plugin in ("none", "anchor"):
+        folder = write_run(tmp_path, plugin)
+        if content is not None:
+            (folder / "environment.json").write_text(content)
+    (pairs,) = pair_runs(read_runs(tmp_path)).values()
+
+    assert on_one_machine(pairs) == []

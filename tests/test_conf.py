@@ -197,11 +197,21 @@ def test_conf__every_experiment__trains_a_step_of_each_job_and_says_what_it_asks
     assert question.endswith("?")
 
 
+@pytest.mark.parametrize("name", _options("experiment"))
+def test_conf__key_that_an_experiment_sweeps__can_be_set_on_the_command_line(name):
+    composed(f"+experiment={name}")
+
+    # Hydra composes a sweep with what the command line says, and without the experiment's values.
+    for key, values in (HydraConfig.get().sweeper.params or {}).items():
+        composed(f"+experiment={name}", f"{key}={str(values).split(',')[0]}")
+
+
 def _job_set(name):
     """How many jobs an experiment makes, and of which models and plug-ins."""
-    composed(f"+experiment={name}")
+    config = composed(f"+experiment={name}")
     params = {key: str(value).split(",") for key, value in HydraConfig.get().sweeper.params.items()}
-    return math.prod(map(len, params.values())), set(params["model"]), set(params["plugin"])
+    models, plugins = (set(params.get(key, [config.names[key]])) for key in ("model", "plugin"))
+    return math.prod(map(len, params.values())), models, plugins
 
 
 def test_conf__tables_of_the_paper__have_its_rows():

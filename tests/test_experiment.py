@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +122,28 @@ def test_run__killed_between_fit_and_test__only_tests(tmp_path):
     assert _without_times(again) == _without_times(first)
     # The checkpoint keeps the time that training took; loading alone takes next to none.
     assert again["time/fit_s"] > first["time/fit_s"] / 3
+
+
+def test_run__killed_while_a_checkpoint_is_copied__goes_on_from_the_last_one(tmp_path, monkeypatch):
+    tiny = ("data=musk1", "hidden=8", "maps=0")
+    targets = []
+
+    def copy(source, target):  # what a move becomes from one file system to another
+        content = Path(source).read_bytes()
+        targets.append(str(target))
+        if sum("last.ckpt" in name for name in targets) == 2:
+            Path(target).write_bytes(content[: len(content) // 2])
+            raise OSError("killed")
+        Path(target).write_bytes(content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fsspec.implementations.local.shutil.move", copy)
+        with pytest.raises(OSError, match="killed"):
+            _run(tmp_path / "killed", *tiny)
+
+    resumed = _run(tmp_path / "killed", *tiny)
+
+    assert _without_times(resumed) == _without_times(_run(tmp_path / "whole", *tiny))
 
 
 def test_run__without_a_whole_epoch__says_what_it_needs(tmp_path):

@@ -64,6 +64,22 @@ def test_reproduction__other_features_or_protocol__is_not_comparable(
     assert row["ours"].text == ".600"
 
 
+def test_reproduction__nothing_set_where_the_protocol_has_a_number__is_said(tmp_path):
+    settings = {
+        "model._target_": "baselines.asmil.ASMIL",
+        "trainer.max_epochs": None,
+        "module.lr": 5e-4,
+        "plugin.decay": 0.999,
+        "data.n_folds": None,
+    }
+    write_run(tmp_path, "anchor_nsf", settings=settings, accuracy=0.9)
+
+    (row,) = _rows(tmp_path, data="musk1")
+
+    expected = "not comparable: trainer.max_epochs null, the paper's 40"
+    assert row["comparable"].text == expected
+
+
 def test_reproduction__some_folds_of_a_classic_set__are_not_the_whole(tmp_path):
     settings = {
         "model._target_": "baselines.asmil.ASMIL",

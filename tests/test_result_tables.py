@@ -101,6 +101,7 @@ def test_all_tables__stability__has_ratios_to_none(tables):
 def test_all_tables__cost__has_time_memory_and_flops(tables):
     assert _column(tables["cost"], "s/epoch") == [".50±.00", "1.00±.00"]
     assert _column(tables["cost"], "s/epoch ratio") == ["-", "2.00"]
+    assert _column(tables["cost"], "MB") == ["100.0±.0"] * 2
     assert _column(tables["cost"], "MB ratio") == ["-", "1.00"]
     assert _column(tables["flops"], "training step") == ["3.00±.00", "6.00±.00"]
     assert _column(tables["flops"], "training step ratio") == ["-", "2.00"]
@@ -116,6 +117,17 @@ def test_all_tables__pair_on_two_machines__has_no_ratio_of_time(tmp_path):
 
     assert _column(tables["cost"], "s/epoch ratio") == ["-", "-"]
     assert _column(tables["flops"], "training step ratio") == ["-", "1.00"]
+
+
+def test_all_tables__run_without_a_metric__is_not_counted_for_it(tmp_path):
+    write_run(tmp_path, seed=0, f1=0.5, auroc=0.75)
+    write_run(tmp_path, seed=1, f1=0.7, auroc=float("nan"))  # test bags of one class
+
+    (table, *_) = all_tables(read_runs(tmp_path), [])
+
+    assert _column(table, "n") == ["2"]
+    assert _column(table, "F1") == [".600±.141"]
+    assert _column(table, "AUROC") == [".750 (n=1)"]
 
 
 def test_all_tables__calibration__comes_from_predictions(tables):

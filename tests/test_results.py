@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from mil_anchor.callbacks.monitor import AttentionRow
@@ -161,6 +163,57 @@ def test_read_unfinished__complete_runs_and_files_of_other_programs__are_none(tm
     (folder / "wandb" / "deeper" / "config.yaml").write_text("{")
 
     assert read_unfinished(tmp_path) == []
+
+
+def test_read_runs__sweep_repeated_elsewhere__counts_no_seed_twice(tmp_path, caplog):
+    for machine, seconds in (("laptop", 1.0), ("server", 2.0)):
+        for seed in (0, 1):
+            write_run(tmp_path / machine, "none", seed, f1=0.7, time__epoch_s=seconds)
+    write_run(tmp_path / "server", "none", 1, settings={"maps": 4}, f1=0.7, dice=0.1, loss=0.5)
+
+    runs = read_runs(tmp_path)
+
+    assert {cell: [run.draw for run in own] for cell, own in by_cell(runs).items()} == {
+        ("musk1", "abmil", "none"): [(0, 0), (1, 0)]
+    }
+    assert "test/dice" in runs[1].metrics
+    assert "3 run(s) left out, which repeat others" in caplog.text
+
+
+def test_read_runs__undefined_metrics__are_left_out(tmp_path):
+    write_run(tmp_path, f1=0.7, auroc=float("nan"), loss=float("inf"), accuracy=None)
+
+    (run,) = read_runs(tmp_path)
+
+    assert [key for key in run.metrics if key.startswith("test/")] == ["test/f1"]
+
+
+def test_read_unfinished__metrics_without_a_seed__are_not_of_a_run(tmp_path):
+    folder = write_run(tmp_path)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "seed": None}))
+
+    (found,) = read_unfinished(tmp_path)
+
+    assert found.reason == "its metrics.json is not of a run: ['seed'] are not in it"
+
+
+@pytest.mark.parametrize("text", ["names: {0: cat}", "names: {model: a, plugin: b, data: c}"])
+def test_read_unfinished__names_of_another_program__are_no_run(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+
+    assert read_unfinished(tmp_path) == []
+
+
+def test_missing_runs__begun__are_not_missing(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path, "none", seed)
+    write_run(tmp_path, "anchor", 0)
+    write_run(tmp_path, "anchor", 1, complete=False)
+
+    unfinished = read_unfinished(tmp_path)
+
+    assert missing_runs(read_runs(tmp_path), unfinished=unfinished) == []
 
 
 def test_missing_runs__partial_sweep__names_what_other_cells_have(tmp_path):

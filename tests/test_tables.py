@@ -67,6 +67,14 @@ def test_as_markdown__bars_in_names__do_not_make_columns():
     assert note == "Mean±sd."
 
 
+def test_as_markdown__less_than_before_a_letter__begins_no_element():
+    why = Cell("ValueError: <class 'int'> is < 3 and <.001")
+
+    text = as_markdown(ResultTable("unfinished", "Failed", [Column("why", False)], [[why]]))
+
+    assert "| ValueError: \\<class 'int'> is < 3 and <.001 |" in text
+
+
 def test_as_markdown__no_rows__says_none():
     assert "None." in as_markdown(TABLE._replace(rows=[]))
 

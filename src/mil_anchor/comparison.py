@@ -1,6 +1,7 @@
 """Compares plug-ins with the same runs without one, pair by pair."""
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,13 @@ from mil_anchor.stats import (
     permutation_test,
 )
 
+log = logging.getLogger(__name__)
+
+# Metrics that the slides of a pair are tested in.
+SLIDE_TESTS = ("auroc", "f1")
+# Metrics are float32: what two runs share differs by less in another order of sums.
+_ROUNDING = 1e-6
+
 
 class Pair(NamedTuple):
     """A run with a plug-in, and the one that differs from it in the plug-in alone."""
@@ -45,8 +53,9 @@ class Comparison(NamedTuple):
         sign_flip_p: Of the test; NaN for a single pair, which can show nothing.
         holm_p: The same, corrected for the data sets of the model, plug-in and metric.
         slides_p: Over the slides of each pair (DeLong's test of the AUROC, permutations for F1),
-            combined over the pairs; None for other metrics, and where the predictions do not allow
-            it.
+            combined over the pairs; None for other metrics, and where no pair has one.
+        n_left_out: Pairs that ``slides_p`` says nothing of: without predictions, with too few
+            slides of a class, or without a variance.
     """
 
     data: str
@@ -58,6 +67,7 @@ class Comparison(NamedTuple):
     sign_flip_p: float
     holm_p: float
     slides_p: float | None
+    n_left_out: int
 
 
 class PredictionReader:
@@ -85,22 +95,35 @@ class PredictionReader:
         own = self.predictions(run)
         return None if own is None else calibration(own.labels, own.probabilities).error
 
-    def slides_p(self, pairs: Sequence[Pair], metric: str) -> float | None:
-        """The p-values of the pairs, each over its slides, combined; None if there is none."""
+    def is_of_same_slides(self, pair: Pair) -> bool:
+        """Whether both runs have the same bags and labels, as far as their predictions tell."""
+        own, base = self.predictions(pair.own), self.predictions(pair.base)
+        if own is None or base is None:
+            return True
+        return own.bag_ids == base.bag_ids and bool(np.array_equal(own.labels, base.labels))
+
+    def slides_p(self, pairs: Sequence[Pair], metric: str) -> tuple[float | None, int]:
+        """The p-values of the pairs, each over its slides, combined, and how many pairs have none.
+
+        None in place of a p-value if no pair has one.
+        """
         p_values: list[float] = []
-        slides: list[str] = []
+        tested: list[str] = []
         for pair in pairs:
             own, base = self.predictions(pair.own), self.predictions(pair.base)
-            if own is None or base is None or not _same_slides(own, base):
+            if own is None or base is None:
                 continue
             cases = read_cases(pair.own.folder)
             p_value = _slides_p(own, base, metric, cases=cases)
-            if p_value is not None:
+            if p_value is not None and not math.isnan(p_value):
                 p_values.append(p_value)
-                slides += own.bag_ids
+                # A patient may have slides in the test parts of several folds.
+                tested += {cases.get(bag_id, bag_id) for bag_id in own.bag_ids}
+        n_left_out = len(pairs) - len(p_values)
         if not p_values:
-            return None
-        return combine_p_values(p_values, independent=len(set(slides)) == len(slides))
+            return None, n_left_out
+        is_independent = len(set(tested)) == len(tested)
+        return combine_p_values(p_values, independent=is_independent), n_left_out
 
     def _predictions(self, file: Path) -> Predictions | None:
         try:
@@ -150,7 +173,7 @@ def compare(
 
     A pair (seed and fold) is a case, never a slide of it: seeds share their slides. Within a pair
     the slides are the cases; those p-values are combined in a way that allows for pairs that share
-    slides, where they do.
+    slides, where they do. Two runs with predictions of other bags or labels are no pair.
 
     Args:
         runs: Complete runs.
@@ -169,17 +192,22 @@ def compare(
     found = []
     for cell in progress(list(pairs)):
         data, model, plugin = cell
+        members = [pair for pair in pairs[cell] if reader.is_of_same_slides(pair)]
+        if len(members) < len(pairs[cell]):
+            n_other = len(pairs[cell]) - len(members)
+            log.warning("%s: %d pair(s) left out, of other bags than plugin=none", cell, n_other)
         for metric in metrics:
             values = [
                 (own, base)
-                for pair in pairs[cell]
+                for pair in members
                 for own in [reader.metric(pair.own, metric)]
                 for base in [reader.metric(pair.base, metric)]
                 if own is not None and base is not None
             ]
             if values:
                 differences = [own - base for own, base in values]
-                test = paired_test(differences)
+                test = paired_test(differences, rounding=_ROUNDING)
+                slides_p, n_left_out = reader.slides_p(members, metric)
                 p_value = test.sign_flip_p if len(differences) > 1 else math.nan
                 found.append(
                     Comparison(
@@ -191,7 +219,8 @@ def compare(
                         test,
                         sign_flip_p=p_value,
                         holm_p=p_value,
-                        slides_p=reader.slides_p(pairs[cell], metric),
+                        slides_p=slides_p,
+                        n_left_out=n_left_out,
                     )
                 )
     return _corrected(found)
@@ -205,16 +234,20 @@ def ratio_to_base(pairs: Sequence[Pair], key: str) -> float | None:
     return math.exp(fmean(math.log(own / base) for own, base in known))
 
 
-def read_environment(run: Run) -> dict[str, Any]:
-    """The run's ``environment.json``; empty if there is none."""
-    file = run.folder / ENVIRONMENT_FILE
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    return found
+def read_environment(folder: Path) -> dict[str, Any]:
+    """The run's ``environment.json``; empty if there is none that can be read."""
+    try:
+        found = json.loads((folder / ENVIRONMENT_FILE).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def on_one_machine(pairs: Sequence[Pair]) -> list[Pair]:
-    """The pairs of which both runs had the same processor, threads and GPU."""
-    return [pair for pair in pairs if _hardware(pair.own) == _hardware(pair.base)]
+    """The pairs of which both runs say that they had the same processor, threads and GPU."""
+    return [
+        pair for pair in pairs if _hardware(pair.own) == _hardware(pair.base) != [None, None, None]
+    ]
 
 
 def _slides_p(
@@ -232,10 +265,6 @@ def _slides_p(
     except ValueError:  # too few slides of a class
         return None
     return None
-
-
-def _same_slides(own: Predictions, base: Predictions) -> bool:
-    return own.bag_ids == base.bag_ids and bool(np.array_equal(own.labels, base.labels))
 
 
 def _corrected(found: Sequence[Comparison]) -> list[Comparison]:
@@ -266,5 +295,5 @@ def _has(pair: Pair, key: str) -> bool:
 
 
 def _hardware(run: Run) -> list[Any]:
-    environment = read_environment(run)
+    environment = read_environment(run.folder)
     return [environment.get(key) for key in ("processor", "n_threads", "gpu")]

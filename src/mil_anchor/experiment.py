@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, Timer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -33,6 +34,7 @@ from mil_anchor.maps.file import MAPS_FILE
 from mil_anchor.maps.recorder import MapRecorder
 from mil_anchor.run_folder import (
     SPLIT_FILE,
+    WholeCheckpoints,
     folder_name,
     held,
     prepare_folder,
@@ -157,6 +159,8 @@ def _train_and_evaluate(
         default_root_dir=str(folder),
         enable_model_summary=False,
     )
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeCheckpoints()
     check_ranks(trainer)
     data = _data(config, trainer)
     if trainer.is_global_zero:

@@ -113,7 +113,7 @@ def _data_of(run: Run) -> str:
 
 
 def _other_gpu(one: Published, run: Run) -> list[str]:
-    hardware = read_environment(run)
+    hardware = read_environment(run.folder)
     own = hardware.get("gpu") or hardware.get("processor") or "an unknown machine"
     return [] if one.gpu is None or one.gpu in own else [f"on {own}, the paper's on {one.gpu}"]
 
@@ -123,14 +123,22 @@ def _other_protocol(ours: Counterpart, runs: Sequence[Run]) -> list[str]:
     reasons = [
         f"{key} {config.get(key, 'not set')}, the paper's {value:g}"
         for key, value in ours.settings.items()
-        if float(config.get(key, "nan")) != value
+        if _number(config.get(key)) != value
     ]
     width = runs[0].metrics.get("in_features")
     if ours.width is not None and width != ours.width:
         own = "of unknown width" if width is None else f"of width {width}"
         reasons.append(f"features {own}, the paper's of {ours.width}")
-    n_folds = int(config.get("data.n_folds", "1"))
+    n_folds = _number(config.get("data.n_folds")) or 1
     n_tested = len({run.draw[1] for run in runs})
     if ours.width is None and n_tested < n_folds:  # a set that comes with its features
-        reasons.append(f"{n_tested} of {n_folds} folds")
+        reasons.append(f"{n_tested} of {n_folds:g} folds")
     return reasons
+
+
+def _number(text: str | None) -> float | None:
+    """A number of a configuration; None where another thing or nothing is set."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from mil_anchor.comparison import (
+    SLIDE_TESTS,
     Comparison,
     Pair,
     PredictionReader,
@@ -101,7 +102,7 @@ def _differences(found: Sequence[Comparison], part: str) -> ResultTable:
 
 
 def _tests(found: Sequence[Comparison]) -> ResultTable:
-    titles = ("effect", "low", "high", "Wilcoxon p", "slides p")
+    titles = ("effect", "low", "high", "Wilcoxon p", "slides p", "left out")
     rows = [
         [
             *_names(one),
@@ -111,6 +112,7 @@ def _tests(found: Sequence[Comparison]) -> ResultTable:
             ),
             _p_cell(one.test.wilcoxon_p if len(one.differences) > 1 else None),
             _p_cell(one.slides_p),
+            number_cell(one.n_left_out if one.metric in SLIDE_TESTS else None, digits=0),
         ]
         for one in found
     ]
@@ -118,7 +120,8 @@ def _tests(found: Sequence[Comparison]) -> ResultTable:
         "effect: mean of the paired differences in units of their sd (Hedges' g), and its 95 % "
         "interval. Wilcoxon p: signed ranks of the pairs. slides p: DeLong's test (AUROC) or "
         "permutations (F1) over the slides of each pair, combined over the pairs, whose slides "
-        "never count as further cases."
+        "never count as further cases; left out: pairs that have none, for want of predictions, of "
+        "slides of a class, or of a variance."
     )
     title = "More tests of the differences"
     return ResultTable("tests", title, _metric_columns(titles), rows, note)
@@ -168,12 +171,12 @@ def _localization(runs: Sequence[Run]) -> ResultTable:
 def _cost(runs: Sequence[Run]) -> ResultTable:
     measures = (
         _Measure("time/epoch_s", "s/epoch", 2),
-        _Measure("cost/peak_memory_mb", "MB", 0),
+        _Measure("cost/peak_memory_mb", "MB", 1),
     )
     note = (
-        "Seconds of an epoch with its validation and monitoring, and peak memory; ratio: geometric "
-        "mean over pairs with plugin=none that ran on one kind of machine. Runs side by side slow "
-        "each other down."
+        "Seconds of an epoch with its validation and monitoring, and peak memory of a training "
+        "step (on a CPU, of its tensors alone); ratio: geometric mean over pairs with plugin=none "
+        "that ran on one kind of machine. Runs side by side slow each other down."
     )
     return _measured("cost", "Time and memory", runs, measures, note=note, compared=on_one_machine)
 
@@ -233,12 +236,10 @@ def _unfinished(unfinished: Sequence[Unfinished]) -> ResultTable:
 
 
 def _missing(runs: Sequence[Run], unfinished: Sequence[Unfinished]) -> ResultTable:
-    begun = {(one.data, one.model, one.plugin, one.seed, one.fold) for one in unfinished}
     cells: dict[CellKey, list[str]] = {}
-    for one in missing_runs(runs):
-        if one not in begun:
-            key = one.data, one.model, one.plugin
-            cells.setdefault(key, []).append(f"{one.seed}/{one.fold}")
+    for one in missing_runs(runs, unfinished=unfinished):
+        key = one.data, one.model, one.plugin
+        cells.setdefault(key, []).append(f"{one.seed}/{one.fold}")
     columns = [*_NAMES, Column("n", is_number=True), Column("seed/fold", is_number=False)]
     rows = [
         [*map(Cell, cell), Cell(str(len(own)), len(own)), Cell(", ".join(own))]
@@ -301,13 +302,20 @@ def _weights(runs: Sequence[Run]) -> str:
 
 
 def _means(runs: Sequence[Run], measures: Iterable[_Measure]) -> list[Cell]:
-    return [
-        mean_cell(
-            [run.metrics[own.key] * own.factor for run in runs if own.key in run.metrics],
-            own.digits,
-        )
-        for own in measures
+    return [_mean(runs, own) for own in measures]
+
+
+def _mean(runs: Sequence[Run], measure: _Measure) -> Cell:
+    """Mean and sd; where runs lack the measure, of how many others."""
+    values = [
+        run.metrics[measure.key] * measure.factor for run in runs if measure.key in run.metrics
     ]
+    cell = mean_cell(values, measure.digits)
+    return (
+        cell._replace(text=f"{cell.text} (n={len(values)})")
+        if 0 < len(values) < len(runs)
+        else cell
+    )
 
 
 def _changes(one: Comparison | None) -> list[Cell]:

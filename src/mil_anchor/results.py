@@ -1,6 +1,7 @@
 """Reads run folders: those that are complete, those that are not, and what is missing."""
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,9 @@ import yaml  # type: ignore[import-untyped]
 
 from mil_anchor.callbacks.monitor import MEASURES, AttentionRow, read_attention
 from mil_anchor.failure import ERROR_FILE, read_error
-from mil_anchor.settings import flat_config, telling_keys
+from mil_anchor.settings import bearing, flat_config, telling_keys
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.json"
 _NAMES = ("model", "plugin", "data", "seed", "fold")
@@ -26,7 +29,8 @@ class Run(NamedTuple):
 
     Args:
         folder: Where it lies.
-        metrics: What its ``metrics.json`` says.
+        metrics: What its ``metrics.json`` says, without what is not defined, such as the AUROC of
+            test bags of one class.
         config: Its configuration by dotted keys; None if there is no ``config.yaml``.
         setting: What tells it from runs of the same names, such as ``plugin.weight=0.1``.
     """
@@ -98,7 +102,9 @@ def read_runs(*roots: Path, progress: Progress = iter) -> list[Run]:
     """All complete runs below folders, in the order of their paths.
 
     Runs of the same data, model and plug-in whose configurations differ get a ``setting`` that
-    tells them apart. A copy of a run is left out; what cannot be read is in `read_unfinished`.
+    tells them apart. Of runs that repeat each other (a copy, the same sweep on another machine, or
+    once more with ``maps=4``), the one with most metrics is taken: seeds that count twice are no
+    further cases. What cannot be read is in `read_unfinished`.
 
     Args:
         roots: Folders; those inside others are read once.
@@ -107,19 +113,25 @@ def read_runs(*roots: Path, progress: Progress = iter) -> list[Run]:
     Raises:
         ValueError: There is no complete run.
     """
-    runs: dict[str, Run] = {}
+    runs: dict[Any, Run] = {}
+    n_read = 0
     for folder in progress(_folders(roots, METRICS_FILE)):
         if not _why_foreign(folder):
             config = _read_config(folder)
             flat = None if config is None else flat_config(config)
-            run = Run(folder, read_metrics(folder), flat)
-            runs.setdefault(str(folder) if flat is None else json.dumps([run.metrics, flat]), run)
+            run = Run(folder, _defined(read_metrics(folder)), flat)
+            n_read += 1
+            key = _identity(run)
+            if key not in runs or len(run.metrics) > len(runs[key].metrics):
+                runs[key] = run
     if not runs:
         raise ValueError(
             f"{', '.join(map(str, roots))} must hold complete runs, but there is no "
             f"{METRICS_FILE} of a run below it. Run 'python run.py' first, or name another folder."
         )
-    return _distinguished(list(runs.values()))
+    if n_read > len(runs):
+        log.warning("%d run(s) left out, which repeat others of those read", n_read - len(runs))
+    return _distinguished(sorted(runs.values(), key=lambda run: run.folder))
 
 
 def read_unfinished(*roots: Path) -> list[Unfinished]:
@@ -137,12 +149,13 @@ def read_unfinished(*roots: Path) -> list[Unfinished]:
     return found
 
 
-def missing_runs(runs: Sequence[Run]) -> list[Missing]:
+def missing_runs(runs: Sequence[Run], *, unfinished: Sequence[Unfinished] = ()) -> list[Missing]:
     """Which runs a table of all models, plug-ins, seeds and folds of a data set lacks.
 
     A cell lacks the seeds and folds that others of its data have; a model and plug-in without any
-    run on the data lack all of them.
+    run on the data lack all of them. What was begun is unfinished, not missing.
     """
+    begun = {(one.data, one.model, one.plugin, one.seed, one.fold) for one in unfinished}
     missing = []
     cells = by_cell(runs)
     for data in dict.fromkeys(cell[0] for cell in cells):
@@ -156,7 +169,7 @@ def missing_runs(runs: Sequence[Run]) -> list[Missing]:
         draws = sorted({run.draw for run in of_data})
         for (model, plugin), own in known.items():
             missing += [Missing(data, model, plugin, *draw) for draw in draws if draw not in own]
-    return missing
+    return [one for one in missing if one not in begun]
 
 
 def by_cell(runs: Iterable[Run]) -> dict[CellKey, list[Run]]:
@@ -212,13 +225,32 @@ def _folders(roots: Sequence[Path], *names: str) -> list[Path]:
     return sorted(found.values())
 
 
+def _identity(run: Run) -> Any:
+    """Equal for runs of one result: names, seed, fold, and what else bears on it."""
+    config = run.config or {}
+    return run.cell, run.draw, frozenset(bearing(config).items()), config.get("out")
+
+
+def _defined(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in metrics.items()
+        if value is not None and not (isinstance(value, float) and not math.isfinite(value))
+    }
+
+
 def _why_foreign(folder: Path) -> str:
     """Why a ``metrics.json`` is not that of a run; empty if it is."""
     try:
         metrics = read_metrics(folder)
     except ValueError as error:
         return str(error)
-    lacking = [name for name in _NAMES if name not in metrics]
+    numbers = ("seed", "fold")
+    lacking = [
+        name
+        for name in _NAMES
+        if not isinstance(metrics.get(name), int if name in numbers else str)
+    ]
     return f"its {METRICS_FILE} is not of a run: {lacking} are not in it" if lacking else ""
 
 
@@ -237,8 +269,11 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         config = yaml.load((folder / "config.yaml").read_text(), loader)
     except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    is_own = isinstance(config, dict) and isinstance(config.get("names"), dict)
-    return config if is_own else None
+    try:
+        is_own = set(config["names"]) >= {"model", "plugin", "data"}
+        return config if is_own and {"seed"} <= set(config) and "fold" in config["data"] else None
+    except (KeyError, TypeError):
+        return None
 
 
 def _named(folder: Path) -> tuple[str, str, str, int | None, int | None]:

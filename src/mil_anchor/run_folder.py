@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from typing_extensions import override
 
 from mil_anchor.data.datamodule import BagDataModule
 from mil_anchor.data.tables import read_rows
@@ -114,14 +116,18 @@ def completed(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | None:
     if not resolved["resume"] or not _is_begun(folder):
         return None
     earlier: Any = OmegaConf.to_container(OmegaConf.load(folder / _CONFIG_FILE))
-    changed = sorted(_compared(earlier).items() ^ _compared(resolved).items())
+    changed = differing(earlier, resolved)
     if changed:
         raise ValueError(
-            f"{folder} holds a run of another configuration; these differ: "
-            f"{sorted({key for key, _ in changed})}. Choose another out=..., or resume=false "
-            "to replace that run."
+            f"{folder} holds a run of another configuration; these differ: {changed}. Choose "
+            "another out=..., or resume=false to replace that run."
         )
     return read_metrics(folder) if (folder / METRICS_FILE).exists() else None
+
+
+def differing(config: Any, other: Any) -> list[str]:
+    """The keys by which two resolved configurations are other runs."""
+    return sorted({key for key, _ in _compared(config).items() ^ _compared(other).items()})
 
 
 def prepare_folder(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | None:
@@ -187,6 +193,22 @@ def write_predictions(file: Path, rows: list[tuple[str, Prediction]]) -> None:
         writer = csv.writer(stream)
         writer.writerow(["bag_id", "label", "split", *(f"prob_{c}" for c in range(n_classes))])
         writer.writerows([row.bag_id, row.label, part, *row.probabilities] for part, row in rows)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint in one piece: a run that is killed meanwhile goes on from the last one.
+
+    Lightning moves a temporary file to its place, which is copied there, byte by byte over the
+    last one, where the folder for temporary files is on another file system.
+    """
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        partial = Path(f"{path}.partial")
+        super().save_checkpoint(checkpoint, partial, storage_options)
+        partial.replace(path)
 
 
 @rank_zero_only

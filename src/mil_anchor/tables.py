@@ -152,7 +152,11 @@ def as_markdown(table: ResultTable) -> str:
         ["---:" if column.is_number else "---" for column in table.columns],
         *([cell.text for cell in row] for row in table.rows),
     ]
-    cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
+    # A "<" before a letter would begin an element of HTML, which is not shown.
+    cells = (
+        [re.sub(r"\||<(?=[a-zA-Z/!?])", r"\\\g<0>", cell).replace("\n", " ") for cell in line]
+        for line in lines
+    )
     drawn = "".join(f"| {' | '.join(line)} |\n" for line in cells)
     note = f"\n{table.note}\n" if table.note else ""
     return f"## {table.title}\n\n{drawn if table.rows else 'None.'}{note}"

@@ -28,6 +28,18 @@ def _data(page):
     return json.loads(text)
 
 
+def test_write_report__run_that_was_begun__is_not_counted_as_missing(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path, seed=seed)
+    write_run(tmp_path, plugin="anchor")
+    begun = Unfinished(tmp_path / "begun", "abmil", "anchor", "synthetic", 1, 0, "interrupted")
+
+    page = _page(tmp_path, unfinished=[begun])
+
+    assert '<li class="unfinished"><b>1</b> unfinished</li>' in page
+    assert '<li class="missing zero"><b>0</b> missing</li>' in page
+
+
 def test_write_report__runs__are_counted_and_named(tmp_path):
     write_run(tmp_path)
     write_run(tmp_path, seed=1)

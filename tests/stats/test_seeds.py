@@ -113,6 +113,16 @@ def test_paired__ties_up_to_rounding__are_ties():
     assert paired_test(noisy).wilcoxon_p == paired_test([0.1, 0.1, -0.1, 0.2]).wilcoxon_p == 0.5
 
 
+def test_paired__ties_up_to_a_stated_rounding__are_ties():
+    float32 = [0.07142857, -0.07142863, 0.14285708, 3e-8]
+    test = paired_test(float32, rounding=1e-6)
+    exact = paired_test([0.1, -0.1, 0.2, 0.0])
+    assert test[2:4] == exact[2:4] == (0.75, 0.75)
+    assert paired_test(float32).sign_flip_p < 0.75
+    assert test.mean == pytest.approx(np.mean(float32), abs=1e-6)
+    assert math.isnan(paired_test([0.1, 0.1 + 5e-8, 0.1], rounding=1e-6).effect)
+
+
 def test_paired__two_differences__have_an_interval_but_no_effect_size():
     test = paired_test([0.1, 0.3])
     assert test.interval == pytest.approx((0.2 - 1.2706, 0.2 + 1.2706), abs=1e-4)

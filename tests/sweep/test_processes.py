@@ -147,6 +147,22 @@ def test_run_jobs__the_same_run_twice__is_run_once(tmp_path, swept):
     assert [returned.return_value for returned in returns] == [0.1, 0.1]
 
 
+@pytest.mark.parametrize("resume", ["true", "false"])
+def test_run_jobs__other_configuration_in_the_folder_of_another_job__is_refused(swept, resume):
+    jobs = [[f"names.data={name}", f"resume={resume}"] for name in "ab"]
+    in_one_folder = [*jobs, [*jobs[0], "+data.root=elsewhere"]]
+
+    returns, rows = swept(*in_one_folder)
+
+    assert [returned.return_value for returned in returns] == [0.0, 0.0, None]
+    refused, *others = sorted(rows, key=lambda row: row.state is State.DONE)
+    assert refused.state is State.FAILED
+    assert "+data.root=elsewhere" in refused.folder
+    assert "another one runs in" in refused.error
+    assert "these differ: ['data.root']. Start a sweep for each" in refused.error
+    assert [row.state for row in others] == [State.DONE, State.DONE]
+
+
 def test_run_jobs__combination_that_is_refused__fails_alone(swept):
     search = ("hydra/sweeper=optuna",)
 

@@ -44,6 +44,10 @@ GPUS, CORES, MACHINE = Resource.GPUS, Resource.CORES, Resource.MACHINE
         # ... or asks for what is not there, or not shared out: the job itself will say so.
         ({"accelerator": "gpu", "devices": 1}, 0, Need(MACHINE, 1)),
         ({"accelerator": "mps", "devices": 1}, 4, Need(MACHINE, 1)),
+        ({"accelerator": "cpu", "devices": 0}, 4, Need(MACHINE, 1)),
+        ({"accelerator": "gpu", "devices": -2}, 4, Need(MACHINE, 1)),
+        ({"accelerator": "cpu", "devices": None}, 4, Need(MACHINE, 1)),
+        ({"accelerator": "gpu", "devices": []}, 4, Need(MACHINE, 1)),
     ],
 )
 def test_need_of__trainer__is_what_lightning_would_take(trainer, n_gpus, need):

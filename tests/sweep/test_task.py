@@ -62,6 +62,18 @@ def test_task__job_twice__is_done_then_skipped(tmp_path):
     assert _metrics() != metrics
 
 
+def test_task__job_inside_its_folder__has_its_row_in_that_of_the_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(task_module, "run", lambda config: {"val/selection": 0.5})
+    monkeypatch.chdir(tmp_path)
+    config = composed_job(task_module.Path("out"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # as hydra.job.chdir=true does
+
+    task(config)
+
+    assert [job.state for job in SweepTable(tmp_path / "out").jobs()] == [State.DONE]
+
+
 def test_task__failing_job__has_its_error_in_one_line_and_raises(tmp_path):
     with pytest.raises(Exception, match="lr must be"):
         task(composed_job(tmp_path, "module.lr=0.0"))

@@ -119,7 +119,7 @@ def _counts(runs: Sequence[Run], unfinished: Sequence[Unfinished]) -> str:
     counts = {
         "complete": len(runs),
         "unfinished": len(unfinished),
-        "missing": len(missing_runs(runs)),
+        "missing": len(missing_runs(runs, unfinished=unfinished)),
     }
     return "".join(
         f'<li class="{name}{"" if n else " zero"}"><b>{n}</b> {name}</li>'

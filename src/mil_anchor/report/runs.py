@@ -1,12 +1,11 @@
 """Every run for itself: what it measured, its configuration, its environment, its error."""
 
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from mil_anchor.environment import ENVIRONMENT_FILE
+from mil_anchor.comparison import read_environment
 from mil_anchor.failure import ERROR_FILE
 from mil_anchor.results import Run, Unfinished
 
@@ -58,17 +57,8 @@ def _folder(folder: Path) -> str:
 
 def _files(folder: Path) -> str:
     return _text(folder / "config.yaml", "Configuration") + _pairs(
-        "Environment", _environment(folder / ENVIRONMENT_FILE)
+        "Environment", read_environment(folder)
     )
-
-
-def _environment(file: Path) -> dict[str, Any]:
-    """What a run has kept of where it ran; nothing if that cannot be read."""
-    try:
-        known = json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
 
 
 def _text(file: Path, title: str) -> str:

@@ -42,7 +42,9 @@ class PairedTest(NamedTuple):
     effect_interval: tuple[float, float]
 
 
-def paired_test(differences: Sequence[float | int], *, level: float = 0.95) -> PairedTest:
+def paired_test(
+    differences: Sequence[float | int], *, level: float = 0.95, rounding: float = 0.0
+) -> PairedTest:
     r"""Test whether a measure differs over runs that are paired by seed and fold.
 
     - ``sign_flip_p``: how many of the :math:`2^n` ways to flip signs give an absolute mean of at
@@ -62,6 +64,9 @@ def paired_test(differences: Sequence[float | int], *, level: float = 0.95) -> P
             seed and fold. Runs whose training slides overlap are not independent, and their
             interval is too short.
         level: Of both intervals.
+        rounding: Differences whose sizes differ by no more are equal, and below it they are 0.
+            Metrics of float32 need 1e-6: else their last digits decide what is at least as large
+            as the difference observed.
 
     Raises:
         ValueError: There is no difference, or one is not finite.
@@ -88,11 +93,10 @@ def paired_test(differences: Sequence[float | int], *, level: float = 0.95) -> P
             "in which the measure is not defined."
         )
     largest = float(np.abs(own).max())
-    if largest:
-        # So that equal differences of measures tie in spite of rounding.
-        own = np.round(own / largest, 12) * largest
+    rounding = max(rounding, _ROUNDING * largest)
+    own = _tied(own, rounding)
     n, mean = len(own), float(own.mean())
-    is_constant = float(np.ptp(own)) <= _ROUNDING * largest
+    is_constant = float(np.ptp(own)) <= rounding
     spread = 0.0 if is_constant else float(own.std(ddof=1))
     half = math.inf
     if n > 1:
@@ -104,14 +108,24 @@ def paired_test(differences: Sequence[float | int], *, level: float = 0.95) -> P
     return PairedTest(
         mean,
         (mean - half, mean + half),
-        float(wilcoxon(own).pvalue) if largest else 1.0,
-        _sign_flip_p(own),
+        float(wilcoxon(own).pvalue) if own.any() else 1.0,
+        _sign_flip_p(own, rounding),
         effect,
         effect_interval,
     )
 
 
-def _sign_flip_p(differences: Float64[np.ndarray, " run"]) -> float:
+def _tied(differences: Float64[np.ndarray, " run"], rounding: float) -> Float64[np.ndarray, " run"]:
+    """The differences, those equal in size that only rounding tells apart."""
+    tied, size = np.zeros_like(differences), 0.0
+    for index in np.argsort(np.abs(differences)):
+        if abs(differences[index]) - size > rounding:
+            size = abs(differences[index])
+        tied[index] = np.copysign(size, differences[index])
+    return tied
+
+
+def _sign_flip_p(differences: Float64[np.ndarray, " run"], rounding: float) -> float:
     if len(differences) <= _MOST_COUNTED:
         # The first difference keeps its sign: the other half is this one with all signs flipped.
         sums = differences[:1]
@@ -125,7 +139,7 @@ def _sign_flip_p(differences: Float64[np.ndarray, " run"]) -> float:
             signs[0] = 1  # what was observed is one of them
             sums += signs * own
     observed = abs(differences.sum())
-    tolerance = _ROUNDING * np.abs(differences).sum()
+    tolerance = rounding * len(differences)
     return float((np.abs(sums) >= observed - tolerance).mean())
 
 

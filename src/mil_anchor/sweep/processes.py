@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mil_anchor.results import METRICS_FILE, read_metrics
-from mil_anchor.run_folder import completed
+from mil_anchor.run_folder import completed, differing
 from mil_anchor.sweep.job_process import JobProcess
 from mil_anchor.sweep.jobs import Job, State, SweepTable, begun_job
 from mil_anchor.sweep.progress import is_grid
@@ -73,6 +73,10 @@ def run_jobs(
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
     numbered = enumerate(overrides, start=first)
     jobs = [_Job(loader, config, list(given), number) for number, given in numbered]
+    first_in: dict[Path, _Job] = {}
+    for job in jobs:
+        if not job.has_ended:
+            job.refuse_if_other(first_in.setdefault(job.folder, job))
     waiting = [job for job in jobs if not job.has_ended]
     for need in dict.fromkeys(job.need for job in waiting):
         alike = [job for job in waiting if job.need == need]
@@ -121,8 +125,21 @@ class _Job:
                 self._read(own)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             self._fail(error)
+
+    def refuse_if_other(self, first: "_Job") -> None:
+        """Fail unless this is the run that another job makes in the same folder; or skip."""
+        changed = differing(first._resolved, self._resolved)
+        if not changed:
+            self.skip_if_complete()
             return
-        self.skip_if_complete()
+        self._row = self._row._replace(folder=" ".join(self._overrides))  # the other keeps its row
+        self._fail(
+            ValueError(
+                f"Jobs of a sweep must differ in the names of their folders, but another one runs "
+                f"in {self.folder}; these differ: {changed}. Start a sweep for each of their "
+                "values, with a names.data=... or out=... of its own."
+            )
+        )
 
     def skip_if_complete(self) -> None:
         """Look into the folder: is the result there, or another run?"""

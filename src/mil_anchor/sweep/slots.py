@@ -71,11 +71,13 @@ def need_of(trainer: dict[str, Any], n_gpus: int) -> Need:
     devices = trainer.get("devices", "auto")
     on_gpus = n_gpus > 0 and accelerator in (*_GPU_NAMES, "auto")
     if isinstance(devices, list):
-        return Need(Resource.MACHINE, len(devices))
+        return Need(Resource.MACHINE, max(1, len(devices)))
     if str(devices) in ("auto", "-1"):
         devices = n_gpus if on_gpus else 1
     if isinstance(devices, str) and not devices.isdecimal():  # "0,2"
         return Need(Resource.MACHINE, len(devices.strip(",").split(",")))
+    if devices is None or int(devices) < 1:  # Lightning takes none of these: the job will say so
+        return Need(Resource.MACHINE, 1)
     if on_gpus:
         return Need(Resource.GPUS, int(devices))
     on_cores = accelerator in ("cpu", "auto")

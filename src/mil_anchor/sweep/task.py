@@ -60,7 +60,8 @@ def objective(metrics: dict[str, Any]) -> float | None:
 
 def _recorded(config: DictConfig) -> float | None:
     hydra = HydraConfig.get()
-    table = SweepTable(Path(hydra.sweep.dir))
+    # hydra.job.chdir=true has changed to the run folder.
+    table = SweepTable(Path(hydra.runtime.cwd, hydra.sweep.dir))
     row = begun_job(config, hydra)
     start_s = time.monotonic()
 
