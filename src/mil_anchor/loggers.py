@@ -136,7 +136,8 @@ def _begin(
 
 
 def _begin_wandb(node: DictConfig, known: str | None) -> WandbLogger:
-    logger: WandbLogger = hydra.utils.instantiate(node, **({} if known is None else {"id": known}))
+    known_id: dict[str, Any] = {} if known is None else {"id": known}
+    logger: WandbLogger = hydra.utils.instantiate(node, **known_id)
     if logger.save_dir is not None:
         Path(logger.save_dir).mkdir(parents=True, exist_ok=True)
     # Lightning sets "offline" there, where later jobs of this process would find it.
