@@ -26,6 +26,7 @@ from mil_anchor.module import Prediction
 from mil_anchor.results import METRICS_FILE, read_metrics
 from mil_anchor.settings import flat_config
 
+CONFIG_FILE = "config.yaml"
 SPLIT_FILE = "split.csv"
 # What may differ between an interrupted run and the one that continues it.
 _NOT_COMPARED = re.compile(
@@ -43,7 +44,6 @@ _FILES = (
     MAPS_FILE,
     "localization.csv",
 )
-_CONFIG_FILE = "config.yaml"
 _FOLDERS = ("checkpoints", "logs", "heatmaps", "bag_features")
 
 
@@ -115,14 +115,19 @@ def completed(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | None:
     """
     if not resolved["resume"] or not _is_begun(folder):
         return None
-    earlier: Any = OmegaConf.to_container(OmegaConf.load(folder / _CONFIG_FILE))
-    changed = differing(earlier, resolved)
+    changed = differing(read_config(folder), resolved)
     if changed:
         raise ValueError(
             f"{folder} holds a run of another configuration; these differ: {changed}. Choose "
             "another out=..., or resume=false to replace that run."
         )
     return read_metrics(folder) if (folder / METRICS_FILE).exists() else None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration of the run in a folder."""
+    config: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))  # type: ignore[assignment]
+    return config
 
 
 def differing(config: Any, other: Any) -> list[str]:
@@ -142,7 +147,7 @@ def prepare_folder(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | N
     done = completed(folder, resolved)
     if done is not None:
         return done
-    file = folder / _CONFIG_FILE
+    file = folder / CONFIG_FILE
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         if not resolved["resume"] or (file.exists() and not _is_begun(folder)):
             for name in _FILES:

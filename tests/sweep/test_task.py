@@ -62,6 +62,21 @@ def test_task__job_twice__is_done_then_skipped(tmp_path):
     assert _metrics() != metrics
 
 
+@pytest.mark.parametrize("resume", ["true", "false"])
+def test_task__other_configuration_in_the_folder_of_another_job__is_refused(tmp_path, resume):
+    of_sweep = ("hydra.callbacks.sweep.started=now", f"resume={resume}")
+    task(composed_job(tmp_path, *of_sweep))
+    metrics = _metrics()
+
+    with pytest.raises(ValueError, match=r"another one runs in .* differ: \['data.root'\]"):
+        task(composed_job(tmp_path, *of_sweep, "+data.root=elsewhere"))
+
+    done, refused = SweepTable(tmp_path).jobs()
+    assert (done.state, refused.state) == (State.DONE, State.FAILED)
+    assert "+data.root=elsewhere" in refused.folder
+    assert _metrics() == metrics
+
+
 def test_task__job_inside_its_folder__has_its_row_in_that_of_the_sweep(tmp_path, monkeypatch):
     monkeypatch.setattr(task_module, "run", lambda config: {"val/selection": 0.5})
     monkeypatch.chdir(tmp_path)

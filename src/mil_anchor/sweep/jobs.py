@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -77,6 +77,15 @@ def begun_job(config: DictConfig, hydra: DictConfig | HydraConf) -> Job:
         seconds=0.0,
         error="",
         sweep=hydra.callbacks["sweep"].started,
+    )
+
+
+def error_of_shared_folder(folder: Path, changed: Sequence[str]) -> ValueError:
+    """What a job fails with whose folder is that of another job with another configuration."""
+    return ValueError(
+        f"Jobs of a sweep must differ in the names of their folders, but another one runs in "
+        f"{folder}; these differ: {changed}. Start a sweep for each of their values, with a "
+        "names.data=... or out=... of its own."
     )
 
 

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mil_anchor.results import METRICS_FILE, read_metrics
 from mil_anchor.run_folder import completed, differing
 from mil_anchor.sweep.job_process import JobProcess
-from mil_anchor.sweep.jobs import Job, State, SweepTable, begun_job
+from mil_anchor.sweep.jobs import Job, State, SweepTable, begun_job, error_of_shared_folder
 from mil_anchor.sweep.progress import is_grid
 from mil_anchor.sweep.slots import Need, Slot, need_of, slots_for, usable_cores
 from mil_anchor.sweep.task import objective
@@ -133,13 +133,7 @@ class _Job:
             self.skip_if_complete()
             return
         self._row = self._row._replace(folder=" ".join(self._overrides))  # the other keeps its row
-        self._fail(
-            ValueError(
-                f"Jobs of a sweep must differ in the names of their folders, but another one runs "
-                f"in {self.folder}; these differ: {changed}. Start a sweep for each of their "
-                "values, with a names.data=... or out=... of its own."
-            )
-        )
+        self._fail(error_of_shared_folder(self.folder, changed))
 
     def skip_if_complete(self) -> None:
         """Look into the folder: is the result there, or another run?"""

@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from mil_anchor.experiment import run
 from mil_anchor.failure import in_one_line
-from mil_anchor.run_folder import completed
-from mil_anchor.sweep.jobs import State, SweepTable, begun_job
+from mil_anchor.run_folder import CONFIG_FILE, completed, differing, read_config
+from mil_anchor.sweep.jobs import State, SweepTable, begun_job, error_of_shared_folder
 from mil_anchor.sweep.ranks import check_tasks, in_sweep
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,14 @@ def _recorded(config: DictConfig) -> float | None:
     try:
         check_tasks(hydra.launcher)
         resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-        metrics = completed(Path(hydra.runtime.output_dir), resolved)
+        folder = Path(hydra.runtime.output_dir)
+        of_sweep = {job.folder for job in table.jobs(row.sweep)}
+        if row.folder in of_sweep and (folder / CONFIG_FILE).exists():
+            changed = differing(read_config(folder), resolved)
+            if changed:
+                row = row._replace(folder=" ".join(hydra.overrides.task))  # the other keeps its row
+                raise error_of_shared_folder(folder, changed)
+        metrics = completed(folder, resolved)
         if metrics is not None:
             record(State.SKIPPED)
             return objective(metrics)
