@@ -103,7 +103,7 @@ def test_all_tables__cost__has_time_memory_and_flops(tables):
     assert _column(tables["cost"], "s/epoch ratio") == ["-", "2.00"]
     assert _column(tables["cost"], "MB") == ["100.0±.0"] * 2
     assert _column(tables["cost"], "MB ratio") == ["-", "1.00"]
-    assert _column(tables["flops"], "training step") == ["3.00±.00", "6.00±.00"]
+    assert _column(tables["flops"], "training step") == ["3000.0±.0", "6000.0±.0"]
     assert _column(tables["flops"], "training step ratio") == ["-", "2.00"]
     assert _column(tables["flops"], "inference ratio") == ["-", "1.00"]
 

@@ -183,14 +183,14 @@ def _cost(runs: Sequence[Run]) -> ResultTable:
 
 def _flops(runs: Sequence[Run]) -> ResultTable:
     measures = (
-        _Measure("cost/flops_step", "training step", 2, 1e-9),
-        _Measure("cost/flops_inference", "inference", 2, 1e-9),
+        _Measure("cost/flops_step", "training step", 1, 1e-6),
+        _Measure("cost/flops_inference", "inference", 1, 1e-6),
     )
     note = (
         "Matrix products that torch's counter sees, of one bag: a training step has forward, "
         "backward and plug-in; ratio: geometric mean over pairs with plugin=none."
     )
-    return _measured("flops", "Matmul GFLOPs", runs, measures, note=note, compared=list)
+    return _measured("flops", "Matmul MFLOPs", runs, measures, note=note, compared=list)
 
 
 def _calibration(
