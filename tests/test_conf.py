@@ -185,6 +185,7 @@ def _question(file):
     return file.read_text().splitlines()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _options("experiment"))
 def test_conf__every_experiment__trains_a_step_of_each_job_and_says_what_it_asks(name):
     question = _question(CONF / "experiment" / f"{name}.yaml")

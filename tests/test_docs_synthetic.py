@@ -133,12 +133,14 @@ def test_synthetic__figures__are_small_and_show_something():
         assert imread(file)[..., :3].std() > 0.05
 
 
+@pytest.mark.slow
 def test_measure_cohort__a_world_of_the_page__gives_its_figures():
     measured = measure_cohort("bracs_like", 1)
 
     assert measured == pytest.approx(MEASURES["cohorts"]["bracs_like"][1], abs=0.005)
 
 
+@pytest.mark.slow
 def test_read_curves__short_run__agrees_with_the_run_itself(tmp_path):
     overrides = ("data=synthetic", "data.size=tiny", "maps=2", "trainer.enable_progress_bar=false")
     metrics = run(composed(*overrides, "trainer.max_epochs=6", folder=tmp_path))

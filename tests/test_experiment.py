@@ -64,6 +64,7 @@ def test_run__complete__writes_the_whole_run_folder(tmp_path):
     assert torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["abmil", "clam_sb", "transmil", "dsmil", "asmil"])
 def test_run__same_command_twice__gives_the_same_result_but_for_times(tmp_path, model):
     results = [
@@ -86,6 +87,7 @@ def test_run__weight_0__equals_no_plugin(tmp_path):
     assert {key for key, value in _without_times(zero).items() if value != bare[key]} == own
 
 
+@pytest.mark.slow
 def test_run__complete_folder__is_not_run_again_unless_asked(tmp_path):
     first = _run(tmp_path)
     again = _run(tmp_path)
@@ -124,6 +126,7 @@ def test_run__killed_between_fit_and_test__only_tests(tmp_path):
     assert again["time/fit_s"] > first["time/fit_s"] / 3
 
 
+@pytest.mark.slow
 def test_run__killed_while_a_checkpoint_is_copied__goes_on_from_the_last_one(tmp_path, monkeypatch):
     tiny = ("data=musk1", "hidden=8", "maps=0")
     targets = []
@@ -158,6 +161,7 @@ def test_run__third_party_model__runs_with_its_attention_found_or_named(tmp_path
     assert metrics["attention/jsd"] >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The scores of attention block")
 def test_run__named_attention_killed_between_fit_and_test__is_not_looked_for(tmp_path, caplog):
     # The model has none that could be found.
@@ -242,6 +246,7 @@ def test_run__slides_of_which_nothing_is_known__says_that_there_are_no_maps(tmp_
     assert "No attention maps: these slides have neither coordinates nor" in caplog.text
 
 
+@pytest.mark.slow
 def test_run__slides__keeps_maps_and_measures_localisation(tmp_path):
     metrics = _run(tmp_path, "data=synthetic", "data.size=tiny", "hidden=16", "maps=3")
 
@@ -270,6 +275,7 @@ def test_run__slides__keeps_maps_and_measures_localisation(tmp_path):
     assert {row["bag_id"] for row in rows} <= {n for n, bag in kept.items() if bag.part == "test"}
 
 
+@pytest.mark.slow
 def test_run__slides_killed_between_fit_and_test__measures_the_same(tmp_path):
     first = _run(tmp_path, "data=synthetic", "data.size=tiny", "hidden=16")
     for name in ("metrics.json", "localization.csv"):
@@ -302,6 +308,7 @@ def uninterrupted(tmp_path_factory):
     return read_runs(folder)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl_c", "kill_9"])
 def test_run__interrupted__is_continued_by_the_same_command(tmp_path, uninterrupted, number):
     broken = _started(tmp_path, *INTERRUPTED)
@@ -329,6 +336,7 @@ def test_run__interrupted__is_continued_by_the_same_command(tmp_path, uninterrup
     assert predictions[0] == predictions[1]
 
 
+@pytest.mark.slow
 def test_run__sweep__gives_a_folder_for_each_job(tmp_path):
     sweep = _started(
         tmp_path, "-m", "model=abmil,dsmil", "plugin=none,anchor", "trainer.max_epochs=1"

@@ -140,6 +140,7 @@ def test_split__more_folds_than_slides_of_a_class__is_refused(cohort, tmp_path, 
     assert "50 folds" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_heatmap__run_on_a_written_cohort__draws_best_and_epochs(trained, tmp_path, capsys):
     metrics = json.loads((trained / "metrics.json").read_text())
     assert {"localization/dice", "localization/specificity", "localization/froc"} <= set(metrics)

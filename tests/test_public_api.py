@@ -72,6 +72,7 @@ def test_floors__baselines__are_plain_torch():
         assert not tops & {"lightning", "mil_anchor", "torchmetrics"}, file
 
 
+@pytest.mark.slow
 def test_package__imported_alone__does_not_load_hydra_or_scikit_learn():
     code = "import sys, mil_anchor; print({'hydra', 'sklearn'} & set(sys.modules))"
     done = subprocess.run(

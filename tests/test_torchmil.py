@@ -198,6 +198,7 @@ def _run(folder, *overrides):
     return run(composed(*quiet, *overrides, folder=folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.filterwarnings(
     "ignore:The attention of evaluated bags is not recorded.*whole bags"

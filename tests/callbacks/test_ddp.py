@@ -67,7 +67,8 @@ def test_anchor_callback__two_processes__equal_the_method_written_by_hand(tmp_pa
     assert len(rows) == 24
 
 
-@pytest.mark.parametrize("name", ["tiny", pytest.param("torchmil", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny", "torchmil"])
 def test_anchor_callback__two_processes_stopped_and_resumed__equal_the_uninterrupted_run(
     tmp_path, name
 ):

@@ -178,6 +178,7 @@ def _assert_fit_without_finder(folder, subject, finder, trainer, callback):
     assert other.callback_metrics["anchor/kl"] == trainer.callback_metrics["anchor/kl"]
 
 
+@pytest.mark.slow
 # The finders' own: an early stop of the search, a scheduler without a step, files they clean up.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("finder", ["lr", "batch_size"])
@@ -196,6 +197,7 @@ def test_finder__before_fit__leaves_a_fit_that_knows_nothing_of_it(tmp_path, sub
     _assert_fit_without_finder(tmp_path, subject, finder, trainer, callback)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("finder", ["lr", "batch_size"])
 def test_finder__as_a_callback_beside_the_plugin__changes_its_value_only(tmp_path, subject, finder):

@@ -127,6 +127,7 @@ def test_search__in_any_setting__trains_like_the_named_site_from_step_one(
     assert any(name.startswith("anchor of") for name in runs[1][1])
 
 
+@pytest.mark.slow
 # Dynamo looks at .grad of an intermediate tensor itself.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("compiled", ["module", "model", "block"])

@@ -204,6 +204,7 @@ def test_map_writer__negative_epoch__is_refused(path):
         MapWriter(path).add_epoch("a", -1, _log_attention())
 
 
+@pytest.mark.slow
 def test_map_writer__killed_while_writing__begins_anew_with_a_warning(path):
     MapWriter(path).add_bag(_bag("a"), "val")
     # The second map of an epoch takes the place of the first: there the process hangs, mid-write.

@@ -45,6 +45,7 @@ def test_task__single_run__gives_its_objective_and_leaves_errors_as_they_are(tmp
     assert not SweepTable(tmp_path).file.exists()
 
 
+@pytest.mark.slow
 def test_task__job_twice__is_done_then_skipped(tmp_path):
     first = task(composed_job(tmp_path))
     (done,) = SweepTable(tmp_path).jobs()
@@ -135,6 +136,7 @@ def test_task__other_ranks__record_nothing(tmp_path, monkeypatch):
     assert SweepTable(tmp_path).jobs() == []
 
 
+@pytest.mark.slow
 def test_task__job_after_another__gives_what_it_gives_alone(tmp_path):
     alone = run(composed(*TINY, "seed=1", folder=tmp_path / "alone"))
     torch.use_deterministic_algorithms(mode=False)

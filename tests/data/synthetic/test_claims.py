@@ -67,6 +67,7 @@ def _fit(features, labels):
     return model.fit(features, labels)
 
 
+@pytest.mark.slow
 def test_camelyon_like__witness_rates__are_small(grids):
     rates = np.array([float(rate[1]) for rate, _ in grids["camelyon_like"]])
     assert 0.01 < np.median(rates) < 0.04
@@ -116,6 +117,7 @@ def test_cohort__spectrum_and_neighbours__are_near_the_prototype(name):
     assert abs(np.mean(cosines) - 0.5) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _NAMES)
 def test_cohort__linear_tile_probe__is_good_but_not_perfect(measured, name):
     assert 0.75 < measured[name]["tile_val"] < 0.97
@@ -141,6 +143,7 @@ def test_cohort__other_seed__is_another_world():
     assert other < same - 0.15
 
 
+@pytest.mark.slow
 def test_cohort__held_out_centre__is_shifted():
     def shift(preset):
         cohort = SyntheticCohort(preset, "small", n_slides=96)
