@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 from mil_anchor.attention import top_mass
 from mil_anchor.data.synthetic import SyntheticCohort
 from mil_anchor.maps.file import MAPS_FILE, read_map, read_maps
+from mil_anchor.predictions import PREDICTIONS_FILE, read_predictions
 from mil_anchor.results import Run
 from tests.data.synthetic.test_claims import measure as linear_models
 
@@ -172,10 +173,9 @@ def _logged(run: Run, key: str, n_epochs: int) -> list[float]:
 def _artefact_auroc(run: Run, cohort: SyntheticCohort) -> float:
     """How well the prediction of a lesion tells whether a test slide has the artefact."""
     plans = dict(zip(cohort.bag_ids, cohort.plans, strict=True))
-    with (run.folder / "predictions.csv").open(newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["split"] == "test"]
-    artefact = [plans[row["bag_id"]].artefact for row in rows]
-    return float(roc_auc_score(artefact, [1 - float(row["prob_0"]) for row in rows]))
+    tested = read_predictions(run.folder / PREDICTIONS_FILE).of_part("test")
+    artefact = [plans[bag_id].artefact for bag_id in tested.bag_ids]
+    return float(roc_auc_score(artefact, 1 - tested.probabilities[:, 0]))
 
 
 def _artefact_sign(cohort: SyntheticCohort, indices: Sequence[int]) -> float:

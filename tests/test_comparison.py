@@ -26,7 +26,7 @@ def _write_seeds(root, plugin, values, **options):
 
 
 def _compared(root, *metrics):
-    return compare(read_runs(root), metrics, reader=PredictionReader("test"))
+    return compare(pair_runs(read_runs(root)), metrics, reader=PredictionReader("test"))
 
 
 def _random_predictions(seed, n_bags=12, start=0):

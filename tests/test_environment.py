@@ -4,10 +4,11 @@ import re
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import mil_anchor.environment
-from mil_anchor.environment import environment, write_environment
+from mil_anchor.environment import environment, read_environment, write_environment
 from tests.composing import ROOT
 
 
@@ -74,3 +75,17 @@ def test_write_environment__folder__has_it_as_json(tmp_path):
     write_environment(tmp_path)
 
     assert json.loads((tmp_path / "environment.json").read_text()) == environment()
+
+
+def test_read_environment__written_one__comes_back(tmp_path):
+    write_environment(tmp_path)
+
+    assert read_environment(tmp_path) == environment()
+
+
+@pytest.mark.parametrize("content", [None, "[]", '{"processor": '])
+def test_read_environment__none_that_can_be_read__is_empty(tmp_path, content):
+    if content is not None:
+        (tmp_path / "environment.json").write_text(content)
+
+    assert read_environment(tmp_path) == {}

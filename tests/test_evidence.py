@@ -10,7 +10,7 @@ from mil_anchor.evidence import write_evidence
 from mil_anchor.localization import SlideScores, localize
 from mil_anchor.maps.file import MapWriter
 from mil_anchor.module import Prediction
-from mil_anchor.run_folder import write_predictions
+from mil_anchor.predictions import write_predictions
 
 _GRID = torch.cartesian_prod(torch.arange(8), torch.arange(8))
 _LESION = (_GRID < 3).all(dim=1).long()
@@ -112,3 +112,14 @@ def test_write_evidence__no_scipy__costs_the_froc_only(tmp_path, caplog, monkeyp
 
 def test_write_evidence__no_maps__is_nothing(tmp_path):
     assert write_evidence(tmp_path, mpp=0.5, n_drawn=2) == {}
+
+
+def test_write_evidence__diverged_predictions__cost_the_froc_only(tmp_path, caplog):
+    file = _write_run(tmp_path) / "predictions.csv"
+    file.write_text(file.read_text().replace("0.75", "nan"))
+
+    metrics = write_evidence(tmp_path, mpp=0.5, n_drawn=0)
+
+    assert "localization/dice" in metrics
+    assert "localization/froc" not in metrics
+    assert "No FROC: Probabilities must lie in [0, 1]" in caplog.text

@@ -25,9 +25,9 @@ from mil_anchor.figures.embedding import shown_epochs
 from mil_anchor.figures.style import COLORS, line_styles
 from mil_anchor.figures.targets import relative_targets
 from mil_anchor.module import Prediction
+from mil_anchor.predictions import write_predictions
 from mil_anchor.rebuilt import rebuild, validation_scores
 from mil_anchor.results import Run, read_runs
-from mil_anchor.run_folder import write_predictions
 from mil_anchor.targets import SoftmaxTarget, as_target
 from tests.composing import composed
 

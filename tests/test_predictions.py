@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 from mil_anchor.module import Prediction
-from mil_anchor.predictions import read_predictions
-from mil_anchor.run_folder import write_predictions
+from mil_anchor.predictions import read_predictions, read_tested, write_predictions
 
 _ROWS = [
     ("val", Prediction("b", 1, [0.25, 0.75])),
@@ -66,3 +65,13 @@ def test_read_predictions__file_that_is_none__is_refused(tmp_path, text, why):
 def test_read_predictions__no_file__is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must be a file, but .*predictions\.csv is none"):
         read_predictions(tmp_path / "predictions.csv")
+
+
+@pytest.mark.parametrize(("n_rows", "tested"), [(0, None), (1, None), (3, ["a, right", "b"])])
+def test_read_tested__folder__has_those_of_test_bags_or_none(tmp_path, n_rows, tested):
+    if n_rows:
+        write_predictions(tmp_path / "predictions.csv", _ROWS[:n_rows])
+
+    found = read_tested(tmp_path)
+
+    assert (found and found.bag_ids) == tested

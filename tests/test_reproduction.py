@@ -122,6 +122,26 @@ def test_reproduction__cost_on_the_papers_data_and_gpu__is_comparable(tmp_path):
     assert (bare["ours"].text, bare["comparable"].text) == ("1.000", "yes")
 
 
+def test_reproduction__costs_on_several_machines__names_the_others(tmp_path):
+    machines = ("Quadro RTX 5000", "H100", "A100")
+    for seed, gpu in enumerate(machines):
+        for plugin in ("none", "anchor_nsf"):
+            # The last pair lies on two machines, so its ratio does not count.
+            own = {"gpu": "V100" if (plugin, gpu) == ("none", "A100") else gpu}
+            measured = {"data": "bracs", "time__epoch_s": 1.0, "environment": own}
+            write_run(tmp_path, plugin, seed, **measured)
+    for plugin in ("none", "anchor_nsf"):
+        write_run(tmp_path, plugin, 3, data="bracs", environment={"gpu": "T4"})
+
+    (row,) = _rows(tmp_path, method="ABMIL with anchor", quantity="s/epoch, ratio")
+    (bare,) = _rows(tmp_path, method="ABMIL", quantity="s/epoch")
+
+    assert (row["ours"].text, row["n"].text) == ("1.00", "2")
+    assert row["comparable"].text == "not comparable: on H100, the paper's on RTX 5000"
+    assert (bare["ours"].text, bare["n"].text) == ("1.000±.000", "3")
+    assert bare["comparable"].text == "not comparable: on H100, V100, the paper's on RTX 5000"
+
+
 def test_reproduction__sweep__has_a_line_for_each_setting(tmp_path):
     for weight in (0.1, 0.2):
         settings = {"plugin.weight": weight, "data.cohort": "bracs"}

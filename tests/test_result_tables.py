@@ -137,6 +137,16 @@ def test_all_tables__calibration__comes_from_predictions(tables):
     assert _column(tables["calibration"], "difference") == ["-", ".000"]
 
 
+def test_all_tables__run_without_predictions__is_not_counted_for_its_calibration(tmp_path):
+    write_run(tmp_path, seed=0, f1=0.5, loss=0.5, predictions=SLIDES)
+    write_run(tmp_path, seed=1, f1=0.7, loss=0.5)
+
+    tables = {table.name: table for table in all_tables(read_runs(tmp_path), [])}
+
+    assert _column(tables["calibration"], "ECE") == [".000 (n=1)"]
+    assert _column(tables["calibration"], "log loss") == [".500±.000"]
+
+
 def test_all_tables__what_is_not_there__is_named(tables):
     assert _column(tables["unfinished"], "why") == ["ValueError: no slow weights"]
     # Seed 0 has begun, so it is not missing.

@@ -149,7 +149,7 @@ def test_read_unfinished__failed_before_its_configuration__is_named_by_its_folde
     first, second = read_unfinished(tmp_path)
 
     assert first[1:6] == ("abmil", "anchor", "musk1", 4, 2)
-    assert second[1:] == ("?", "?", "?", None, None, "failed")
+    assert second[1:] == ("?", "?", "?", None, None, "failed", None)
 
 
 def test_read_unfinished__complete_runs_and_files_of_other_programs__are_none(tmp_path):
@@ -214,6 +214,17 @@ def test_missing_runs__begun__are_not_missing(tmp_path):
     unfinished = read_unfinished(tmp_path)
 
     assert missing_runs(read_runs(tmp_path), unfinished=unfinished) == []
+
+
+def test_missing_runs__begun_with_a_setting__is_not_missing_in_its_cell_only(tmp_path):
+    for seed in (0, 1, 2):
+        write_run(tmp_path, "anchor", seed, settings={"plugin.weight": 0.1})
+    write_run(tmp_path, "anchor", 0, settings={"plugin.weight": 0.3})
+    write_run(tmp_path, "anchor", 1, settings={"plugin.weight": 0.3}, complete=False)
+
+    missing = missing_runs(read_runs(tmp_path), unfinished=read_unfinished(tmp_path))
+
+    assert missing == [Missing("musk1", "abmil", "anchor (plugin.weight=0.3)", 2, 0)]
 
 
 def test_missing_runs__partial_sweep__names_what_other_cells_have(tmp_path):

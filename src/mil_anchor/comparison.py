@@ -1,6 +1,5 @@
 """Compares plug-ins with the same runs without one, pair by pair."""
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mil_anchor.calibration import calibration
-from mil_anchor.environment import ENVIRONMENT_FILE
+from mil_anchor.environment import read_environment
 from mil_anchor.predictions import PREDICTIONS_FILE, Predictions, read_predictions
 from mil_anchor.results import CellKey, Progress, Run, by_cell
 from mil_anchor.run_folder import read_cases
@@ -38,6 +37,10 @@ class Pair(NamedTuple):
 
     own: Run
     base: Run
+
+    def has(self, key: str) -> bool:
+        """Whether both runs have measured this."""
+        return key in self.own.metrics and key in self.base.metrics
 
 
 class Comparison(NamedTuple):
@@ -163,7 +166,7 @@ def pair_runs(runs: Iterable[Run], *, base: str = "none") -> dict[CellKey, list[
 
 
 def compare(
-    runs: Iterable[Run],
+    pairs: Mapping[CellKey, Sequence[Pair]],
     metrics: Sequence[str] = ("f1", "auroc", "accuracy"),
     *,
     reader: PredictionReader,
@@ -176,7 +179,7 @@ def compare(
     slides, where they do. Two runs with predictions of other bags or labels are no pair.
 
     Args:
-        runs: Complete runs.
+        pairs: Those of each cell, as `pair_runs` finds them.
         metrics: Keys of ``metrics.json`` without the part; ``calibration_error`` is measured here.
         reader: Of the part that is compared.
         progress: Called with the cells to be compared; gives them one by one.
@@ -188,7 +191,6 @@ def compare(
         Holm (1979) over the data sets, within a model, plug-in and metric. The tests are those of
         `mil_anchor.stats`.
     """
-    pairs = pair_runs(runs)
     found = []
     for cell in progress(list(pairs)):
         data, model, plugin = cell
@@ -228,19 +230,10 @@ def compare(
 
 def ratio_to_base(pairs: Sequence[Pair], key: str) -> float | None:
     """Geometric mean of a metric's ratio to the base run; None where a pair has none above 0."""
-    known = [(p.own.metrics[key], p.base.metrics[key]) for p in pairs if _has(p, key)]
+    known = [(p.own.metrics[key], p.base.metrics[key]) for p in pairs if p.has(key)]
     if not known or min(min(values) for values in known) <= 0:
         return None
     return math.exp(fmean(math.log(own / base) for own, base in known))
-
-
-def read_environment(folder: Path) -> dict[str, Any]:
-    """The run's ``environment.json``; empty if there is none that can be read."""
-    try:
-        found = json.loads((folder / ENVIRONMENT_FILE).read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def on_one_machine(pairs: Sequence[Pair]) -> list[Pair]:
@@ -288,10 +281,6 @@ def _without_plugin(run: Run) -> Any:
 
 def _out(run: Run) -> str | None:
     return (run.config or {}).get("out")
-
-
-def _has(pair: Pair, key: str) -> bool:
-    return key in pair.own.metrics and key in pair.base.metrics
 
 
 def _hardware(run: Run) -> list[Any]:

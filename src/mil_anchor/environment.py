@@ -1,7 +1,6 @@
 """On what a run ran: machine, versions, commit."""
 
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -9,11 +8,13 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from mil_anchor.run_folder import write_text
+from mil_anchor.sweep.slots import usable_cores
 
 ENVIRONMENT_FILE = "environment.json"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +45,7 @@ def environment() -> dict[str, str | int]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
-        "n_cores": _n_cores(),
+        "n_cores": usable_cores(),
         "n_threads": torch.get_num_threads(),
         **{name: version(package) for name, package in _PACKAGES.items()},
     }
@@ -66,6 +67,15 @@ def write_environment(folder: Path) -> None:
     write_text(folder / ENVIRONMENT_FILE, json.dumps(environment(), indent=2) + "\n")
 
 
+def read_environment(folder: Path) -> dict[str, Any]:
+    """The run's ``environment.json``; empty if there is none that can be read."""
+    try:
+        found = json.loads((folder / ENVIRONMENT_FILE).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _processor() -> str:
     """The processor's name, which Python leaves empty on Linux."""
     info = Path("/proc/cpuinfo")
@@ -75,12 +85,6 @@ def _processor() -> str:
             if name.strip() == "model name":
                 return value.strip()
     return platform.processor() or platform.machine()
-
-
-def _n_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _git(*arguments: str) -> str:

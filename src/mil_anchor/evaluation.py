@@ -14,8 +14,8 @@ from mil_anchor.evidence import write_evidence
 from mil_anchor.inspection import inspect_model
 from mil_anchor.maps.recorder import MapRecorder
 from mil_anchor.module import MILModule, Prediction
+from mil_anchor.predictions import PREDICTIONS_FILE, write_predictions
 from mil_anchor.results import attention_summary
-from mil_anchor.run_folder import write_predictions
 from mil_anchor.sites.base import Site
 
 log = logging.getLogger(__name__)
@@ -47,44 +47,26 @@ def evaluate(
         not defined, such as the AUROC of one class, is left out.
     """
     folder = Path(trainer.default_root_dir)
-    measured: dict[str, float | str] = {}
-    measured |= _evaluate_parts(
-        trainer, module, data=data, parts=parts, checkpoint=checkpoint, maps=maps
-    )
-    attention = folder / "attention.csv"
-    measured |= attention_summary(read_attention(attention) if attention.exists() else [])
-    if trainer.is_global_zero:
-        measured |= write_evidence(folder, mpp=data.mpp, n_drawn=n_drawn)
-    return {key: value for key, value in measured.items() if value == value}
-
-
-def _evaluate_parts(
-    trainer: Trainer,
-    module: MILModule,
-    *,
-    data: BagDataModule,
-    parts: Sequence[str],
-    checkpoint: str,
-    maps: MapRecorder,
-) -> dict[str, float]:
     if maps.site is None and maps.found is None and not maps.gave_up:
         maps.found = _site_without_a_fit(module, data)
-    metrics: dict[str, float] = {}
+    measured: dict[str, float | str] = {}
     rows: list[tuple[str, Prediction]] = []
-    evaluate_of = {"val": trainer.validate, "test": trainer.test}
+    measure_of = {"val": trainer.validate, "test": trainer.test}
     for part in parts:
         if part not in data.parts:
             log.warning("No slides for %s, so nothing is measured there.", part)
             continue
-        metrics |= evaluate_of[part](module, datamodule=data, ckpt_path=checkpoint, verbose=False)[
-            0
-        ]
+        (of_part,) = measure_of[part](module, datamodule=data, ckpt_path=checkpoint, verbose=False)
+        measured |= of_part
         rows += [(part, prediction) for prediction in module.predictions]
+    attention = folder / "attention.csv"
+    measured |= attention_summary(read_attention(attention) if attention.exists() else [])
     if trainer.is_global_zero:
         if isinstance(data, SlideDataModule) and not maps.path.exists() and not maps.gave_up:
             log.warning("No attention maps: these slides have neither coordinates nor tile labels.")
-        write_predictions(Path(trainer.default_root_dir) / "predictions.csv", rows)
-    return metrics
+        write_predictions(folder / PREDICTIONS_FILE, rows)
+        measured |= write_evidence(folder, mpp=data.mpp, n_drawn=n_drawn)
+    return {key: value for key, value in measured.items() if value == value}
 
 
 def _site_without_a_fit(module: MILModule, data: BagDataModule) -> Site | None:

@@ -13,6 +13,7 @@ from mil_anchor.localization import (
     rescale,
 )
 from mil_anchor.maps.file import MAPS_FILE, KeptBag, read_map, read_maps
+from mil_anchor.predictions import PREDICTIONS_FILE, read_predictions
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +77,11 @@ def _scores(
     folder: Path, tested: Sequence[KeptBag], *, mpp: float | int | None, placed: bool = True
 ) -> Iterator[SlideScores]:
     """Scores and annotation of the slides; not ``placed``: for the figures of tiles only."""
-    with (folder / "predictions.csv").open(newline="") as stream:
-        class_0 = {row["bag_id"]: float(row["prob_0"]) for row in csv.DictReader(stream)}
+    confidence = {}
+    if placed:  # only FROC compares slides
+        predicted = read_predictions(folder / PREDICTIONS_FILE).of_part("test")
+        not_class_0 = (1 - predicted.probabilities[:, 0]).tolist()
+        confidence = dict(zip(predicted.bag_ids, not_class_0, strict=True))
     for bag in tested:
         slide = read_map(folder / MAPS_FILE, bag.bag_id)
         yield SlideScores(
@@ -88,7 +92,7 @@ def _scores(
             lesion=slide.lesion,
             coords=slide.coords if placed else None,
             mpp=mpp,
-            confidence=max(0.0, 1 - class_0[bag.bag_id]),
+            confidence=confidence[bag.bag_id] if placed else 1.0,
         )
 
 

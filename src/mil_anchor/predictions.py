@@ -1,5 +1,6 @@
-"""Reads the ``predictions.csv`` of a run folder."""
+"""Writes and reads the ``predictions.csv`` of a run folder."""
 
+import csv
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import numpy as np
 from jaxtyping import Float64, Int
 
 from mil_anchor.data.tables import read_rows, require_columns
+from mil_anchor.module import Prediction
 
 PREDICTIONS_FILE = "predictions.csv"
 
@@ -39,6 +41,29 @@ class Predictions(NamedTuple):
             [part] * len(rows),
             self.probabilities[rows],
         )
+
+
+def write_predictions(file: Path, rows: list[tuple[str, Prediction]]) -> None:
+    """Write ``predictions.csv`` from the part and prediction of each bag."""
+    n_classes = len(rows[0][1].probabilities)
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["bag_id", "label", "split", *(f"prob_{c}" for c in range(n_classes))])
+        writer.writerows([row.bag_id, row.label, part, *row.probabilities] for part, row in rows)
+
+
+def read_tested(folder: Path) -> Predictions | None:
+    """What a run has predicted of its test bags, sorted by id; None if there is nothing.
+
+    Args:
+        folder: Of the run.
+
+    Raises:
+        ValueError: As `read_predictions`.
+    """
+    file = folder / PREDICTIONS_FILE
+    tested = read_predictions(file).of_part("test") if file.exists() else None
+    return tested if tested is not None and tested.bag_ids else None
 
 
 def read_predictions(file: Path) -> Predictions:

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from mil_anchor.comparison import Pair, on_one_machine, pair_runs, ratio_to_base, read_environment
+from mil_anchor.comparison import Pair, on_one_machine, pair_runs, ratio_to_base
+from mil_anchor.environment import read_environment
 from mil_anchor.published import Counterpart, Published, published
 from mil_anchor.results import CellKey, Run, by_cell
 from mil_anchor.tables import Cell, Column, ResultTable, mean_cell, number_cell
@@ -82,10 +83,11 @@ def _values(one: Published, ours: Counterpart, runs: Sequence[Run]) -> Iterator[
     """Means of a metric where the data is the paper's."""
     for members in by_cell(runs).values():
         first = members[0]
-        values = [run.metrics[ours.key] for run in members if ours.key in run.metrics]
-        if first.metrics["plugin"] == ours.plugin and _data_of(first) == one.data and values:
-            reasons = _other_gpu(one, first) if one.gpu else _other_protocol(ours, members)
-            yield _Found(first, mean_cell(values), len(values), reasons)
+        known = [run for run in members if ours.key in run.metrics]
+        if first.metrics["plugin"] == ours.plugin and _data_of(first) == one.data and known:
+            reasons = _other_gpu(one, known) if one.gpu else _other_protocol(ours, members)
+            value = mean_cell([run.metrics[ours.key] for run in known])
+            yield _Found(first, value, len(known), reasons)
 
 
 def _ratios(
@@ -93,13 +95,13 @@ def _ratios(
 ) -> Iterator[_Found]:
     """Ratios of a cost to that of the base plug-in, on any data."""
     for members in pairs.values():
-        kept = on_one_machine(members)
+        kept = [pair for pair in on_one_machine(members) if pair.has(ours.key)]
         ratio = ratio_to_base(kept, ours.key)
         first = members[0].own
         if first.metrics["plugin"] == ours.plugin and ratio is not None:
             data = _data_of(first)
             elsewhere = [] if data == one.data else [f"on {data}, the paper's on {one.data}"]
-            reasons = [*elsewhere, *_other_gpu(one, first)]
+            reasons = [*elsewhere, *_other_gpu(one, [pair.own for pair in kept])]
             yield _Found(first, number_cell(ratio, digits=2), len(kept), reasons)
 
 
@@ -112,10 +114,16 @@ def _data_of(run: Run) -> str:
     return str(run.metrics["data"])
 
 
-def _other_gpu(one: Published, run: Run) -> list[str]:
+def _other_gpu(one: Published, runs: Sequence[Run]) -> list[str]:
+    if one.gpu is None:
+        return []
+    others = sorted({own for own in map(_machine, runs) if one.gpu not in own})
+    return [f"on {', '.join(others)}, the paper's on {one.gpu}"] if others else []
+
+
+def _machine(run: Run) -> str:
     hardware = read_environment(run.folder)
-    own = hardware.get("gpu") or hardware.get("processor") or "an unknown machine"
-    return [] if one.gpu is None or one.gpu in own else [f"on {own}, the paper's on {one.gpu}"]
+    return hardware.get("gpu") or hardware.get("processor") or "an unknown machine"
 
 
 def _other_protocol(ours: Counterpart, runs: Sequence[Run]) -> list[str]:

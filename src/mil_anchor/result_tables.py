@@ -1,6 +1,6 @@
 """The tables of a report: what runs reached, what a plug-in changes, what is missing."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from mil_anchor.comparison import (
@@ -18,6 +18,8 @@ from mil_anchor.results import CellKey, Progress, Run, Unfinished, by_cell, miss
 from mil_anchor.tables import Cell, Column, ResultTable, mean_cell, number_cell
 
 _NAMES = [Column(title, is_number=False) for title in ("data", "model", "plug-in")]
+# The pairs of each cell that has one.
+_Pairs = Mapping[CellKey, Sequence[Pair]]
 _METRICS = {"f1": "F1", "auroc": "AUROC", "accuracy": "accuracy"}
 _PARTS = {"test": "test bags", "val": "validation bags"}
 
@@ -48,16 +50,17 @@ def all_tables(
     """
     part = "test" if any("test/f1" in run.metrics for run in runs) else "val"
     reader = PredictionReader(part)
-    found = compare(runs, [*_METRICS, "calibration_error"], reader=reader, progress=progress)
+    pairs = pair_runs(runs)
+    found = compare(pairs, [*_METRICS, "calibration_error"], reader=reader, progress=progress)
     return [
         _results(runs, part),
         _differences([one for one in found if one.metric in _METRICS], part),
         _tests([one for one in found if one.metric in _METRICS]),
-        _stability(runs),
+        _stability(runs, pairs),
         _concentration(runs),
         _localization(runs),
-        _cost(runs),
-        _flops(runs),
+        _cost(runs, pairs),
+        _flops(runs, pairs),
         _calibration(runs, [one for one in found if one.metric not in _METRICS], reader),
         reproduction_table(runs),
         _unfinished(unfinished),
@@ -127,7 +130,7 @@ def _tests(found: Sequence[Comparison]) -> ResultTable:
     return ResultTable("tests", title, _metric_columns(titles), rows, note)
 
 
-def _stability(runs: Sequence[Run]) -> ResultTable:
+def _stability(runs: Sequence[Run], pairs: _Pairs) -> ResultTable:
     measures = (
         _Measure("attention/jsd_first_two_thirds", "early", 3, 1000),
         _Measure("attention/jsd_last_third", "late", 3, 1000),
@@ -139,7 +142,7 @@ def _stability(runs: Sequence[Run]) -> ResultTable:
         "attention is perfectly stable: read it beside the entropy and the results."
     )
     title = "JSD of attention between epochs, x 1000"
-    return _measured("stability", title, runs, measures, note=note, compared=list)
+    return _measured("stability", title, runs, measures, note=note, compared=pairs)
 
 
 def _concentration(runs: Sequence[Run]) -> ResultTable:
@@ -168,7 +171,7 @@ def _localization(runs: Sequence[Run]) -> ResultTable:
     return _measured("localization", "Localisation of lesions", runs, measures, note=note)
 
 
-def _cost(runs: Sequence[Run]) -> ResultTable:
+def _cost(runs: Sequence[Run], pairs: _Pairs) -> ResultTable:
     measures = (
         _Measure("time/epoch_s", "s/epoch", 2),
         _Measure("cost/peak_memory_mb", "MB", 1),
@@ -178,10 +181,11 @@ def _cost(runs: Sequence[Run]) -> ResultTable:
         "step (on a CPU, of its tensors alone); ratio: geometric mean over pairs with plugin=none "
         "that ran on one kind of machine. Runs side by side slow each other down."
     )
-    return _measured("cost", "Time and memory", runs, measures, note=note, compared=on_one_machine)
+    compared = {cell: on_one_machine(own) for cell, own in pairs.items()}
+    return _measured("cost", "Time and memory", runs, measures, note=note, compared=compared)
 
 
-def _flops(runs: Sequence[Run]) -> ResultTable:
+def _flops(runs: Sequence[Run], pairs: _Pairs) -> ResultTable:
     measures = (
         _Measure("cost/flops_step", "training step", 1, 1e-6),
         _Measure("cost/flops_inference", "inference", 1, 1e-6),
@@ -190,7 +194,7 @@ def _flops(runs: Sequence[Run]) -> ResultTable:
         "Matrix products that torch's counter sees, of one bag: a training step has forward, "
         "backward and plug-in; ratio: geometric mean over pairs with plugin=none."
     )
-    return _measured("flops", "Matmul MFLOPs", runs, measures, note=note, compared=list)
+    return _measured("flops", "Matmul MFLOPs", runs, measures, note=note, compared=pairs)
 
 
 def _calibration(
@@ -206,7 +210,8 @@ def _calibration(
             if (error := reader.metric(run, "calibration_error")) is not None
         ]
         if errors:
-            measured = [mean_cell(errors), *_means(members, [loss])]
+            mean = _counted(mean_cell(errors), len(errors), len(members))
+            measured = [mean, *_means(members, [loss])]
             rows.append([*_head(cell, members), *measured, *_changes(compared.get(cell))])
     columns = [
         *_columns([_Measure("", "ECE"), loss]),
@@ -256,11 +261,10 @@ def _measured(
     measures: Sequence[_Measure],
     *,
     note: str,
-    compared: Callable[[Sequence[Pair]], Sequence[Pair]] | None = None,
+    compared: _Pairs | None = None,
 ) -> ResultTable:
     """Means of each cell that has one of the measures, and their ratios to the compared pairs."""
     shown = [own for own in measures if any(own.key in run.metrics for run in runs)]
-    pairs = {} if compared is None else pair_runs(runs)
     columns = _columns([])
     for measure in shown:
         columns.append(Column(measure.title, is_number=True))
@@ -273,7 +277,7 @@ def _measured(
             for measure in shown:
                 row += _means(members, [measure])
                 if compared is not None:
-                    ratio = ratio_to_base(compared(pairs.get(cell, [])), measure.key)
+                    ratio = ratio_to_base(compared.get(cell, []), measure.key)
                     row.append(number_cell(ratio, digits=2))
             rows.append(row)
     return ResultTable(name, title, columns, rows, note)
@@ -310,12 +314,11 @@ def _mean(runs: Sequence[Run], measure: _Measure) -> Cell:
     values = [
         run.metrics[measure.key] * measure.factor for run in runs if measure.key in run.metrics
     ]
-    cell = mean_cell(values, measure.digits)
-    return (
-        cell._replace(text=f"{cell.text} (n={len(values)})")
-        if 0 < len(values) < len(runs)
-        else cell
-    )
+    return _counted(mean_cell(values, measure.digits), len(values), len(runs))
+
+
+def _counted(cell: Cell, n_values: int, n_runs: int) -> Cell:
+    return cell._replace(text=f"{cell.text} (n={n_values})") if 0 < n_values < n_runs else cell
 
 
 def _changes(one: Comparison | None) -> list[Cell]:

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -43,9 +43,8 @@ class Run(NamedTuple):
     @property
     def cell(self) -> CellKey:
         """Data, model, and plug-in with its setting: runs of a cell differ in seed and fold."""
-        plugin = self.metrics["plugin"]
-        own = f"{plugin} ({self.setting})" if self.setting else plugin
-        return self.metrics["data"], self.metrics["model"], own
+        of = self.metrics
+        return of["data"], of["model"], _with_setting(of["plugin"], self.setting)
 
     @property
     def draw(self) -> tuple[int, int]:
@@ -58,7 +57,10 @@ class Run(NamedTuple):
 
 
 class Unfinished(NamedTuple):
-    """A run folder without a result; names are ``?`` and numbers None where nothing tells them."""
+    """A run folder without a result.
+
+    Names are ``?``, and numbers and the configuration None, where nothing tells them.
+    """
 
     folder: Path
     model: str
@@ -67,6 +69,7 @@ class Unfinished(NamedTuple):
     seed: int | None
     fold: int | None
     reason: str
+    config: dict[str, str] | None = None
 
 
 class Missing(NamedTuple):
@@ -142,10 +145,13 @@ def read_unfinished(*roots: Path) -> list[Unfinished]:
     found = []
     for folder in _folders(roots, METRICS_FILE, ERROR_FILE, "config.yaml"):
         reason = _why_unfinished(folder)
-        names = _named(folder) if reason else ()
-        # Other programs have files of these names, too.
-        if names and (names[0] != "?" or not (folder / "config.yaml").exists()):
-            found.append(Unfinished(folder, *names, reason))
+        if reason:
+            config = _read_config(folder)
+            names = _named(folder, config)
+            # Other programs have files of these names, too.
+            if names[0] != "?" or not (folder / "config.yaml").exists():
+                flat = None if config is None else flat_config(config)
+                found.append(Unfinished(folder, *names, reason, flat))
     return found
 
 
@@ -155,7 +161,8 @@ def missing_runs(runs: Sequence[Run], *, unfinished: Sequence[Unfinished] = ()) 
     A cell lacks the seeds and folds that others of its data have; a model and plug-in without any
     run on the data lack all of them. What was begun is unfinished, not missing.
     """
-    begun = {(one.data, one.model, one.plugin, one.seed, one.fold) for one in unfinished}
+    keys = _telling_keys([run._replace(setting="") for run in runs])
+    begun = {(*_cell_of(one, keys), one.seed, one.fold) for one in unfinished}
     missing = []
     cells = by_cell(runs)
     for data in dict.fromkeys(cell[0] for cell in cells):
@@ -276,9 +283,10 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _named(folder: Path) -> tuple[str, str, str, int | None, int | None]:
+def _named(
+    folder: Path, config: dict[str, Any] | None
+) -> tuple[str, str, str, int | None, int | None]:
     """Model, plug-in, data, seed and fold of a run without a result."""
-    config = _read_config(folder)
     if config is not None:
         names = config["names"]
         return (
@@ -298,20 +306,36 @@ def _named(folder: Path) -> tuple[str, str, str, int | None, int | None]:
 
 def _distinguished(runs: Sequence[Run]) -> list[Run]:
     """The runs, with what tells those of the same names apart."""
+    keys = _telling_keys(runs)
+    return [run._replace(setting=_setting(run.config, keys.get(run.cell))) for run in runs]
+
+
+def _telling_keys(runs: Sequence[Run]) -> dict[CellKey, list[str]]:
+    """What tells runs of the same names apart, where one of them has a configuration."""
     alike: dict[CellKey, list[tuple[dict[str, str], Run]]] = {}
     for run in runs:
         if run.config is not None:
             alike.setdefault(run.cell, []).append((run.config, run))
-    keys = {
+    return {
         cell: telling_keys([config for config, _ in own], [run.draw for _, run in own])
         for cell, own in alike.items()
     }
-    return [run._replace(setting=_setting(run, keys.get(run.cell))) for run in runs]
 
 
-def _setting(run: Run, keys: Sequence[str] | None) -> str:
+def _cell_of(one: Unfinished, keys: Mapping[CellKey, Sequence[str]]) -> CellKey:
+    """The cell that the run would be in, as far as its configuration tells."""
+    own = keys.get((one.data, one.model, one.plugin))
+    setting = "" if one.config is None else _setting(one.config, own)
+    return one.data, one.model, _with_setting(one.plugin, setting)
+
+
+def _setting(config: Mapping[str, str] | None, keys: Sequence[str] | None) -> str:
     if keys is None:  # no configuration in the cell
         return ""
-    if run.config is None:
+    if config is None:
         return "no config.yaml"
-    return ", ".join(f"{key}={run.config[key]}" for key in keys if key in run.config)
+    return ", ".join(f"{key}={config[key]}" for key in keys if key in config)
+
+
+def _with_setting(plugin: str, setting: str) -> str:
+    return f"{plugin} ({setting})" if setting else plugin

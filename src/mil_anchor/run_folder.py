@@ -22,7 +22,7 @@ from mil_anchor.data.datamodule import BagDataModule
 from mil_anchor.data.tables import read_rows
 from mil_anchor.failure import ERROR_FILE
 from mil_anchor.maps.file import MAPS_FILE
-from mil_anchor.module import Prediction
+from mil_anchor.predictions import PREDICTIONS_FILE
 from mil_anchor.results import METRICS_FILE, read_metrics
 from mil_anchor.settings import flat_config
 
@@ -39,7 +39,7 @@ _FILES = (
     METRICS_FILE,
     ERROR_FILE,
     SPLIT_FILE,
-    "predictions.csv",
+    PREDICTIONS_FILE,
     "attention.csv",
     MAPS_FILE,
     "localization.csv",
@@ -189,15 +189,6 @@ def read_cases(folder: Path) -> dict[str, str]:
     file = folder / SPLIT_FILE
     rows = read_rows(file) if file.exists() else []
     return {row["slide_id"]: row["case_id"] for row in rows if "case_id" in row}
-
-
-def write_predictions(file: Path, rows: list[tuple[str, Prediction]]) -> None:
-    """Write ``predictions.csv`` from the part and prediction of each bag."""
-    n_classes = len(rows[0][1].probabilities)
-    with file.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["bag_id", "label", "split", *(f"prob_{c}" for c in range(n_classes))])
-        writer.writerows([row.bag_id, row.label, part, *row.probabilities] for part, row in rows)
 
 
 class WholeCheckpoints(TorchCheckpointIO):

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from mil_anchor.calibration import calibration
 from mil_anchor.figures.style import Style, add_legend, line_styles, make_grid
-from mil_anchor.predictions import PREDICTIONS_FILE, read_predictions
+from mil_anchor.predictions import PREDICTIONS_FILE, read_tested
 from mil_anchor.results import Run, by_cell
 
 
@@ -92,13 +92,11 @@ def reliability_figure(runs: Sequence[Run]) -> Figure:
 
 def reliability(runs: Sequence[Run]) -> Reliability:
     """The bins of the runs that have predicted test bags."""
-    found = []
-    for run in runs:
-        if not (run.folder / PREDICTIONS_FILE).exists():
-            continue
-        tested = read_predictions(run.folder / PREDICTIONS_FILE).of_part("test")
-        if tested.bag_ids:
-            found.append(calibration(tested.labels, tested.probabilities).bins)
+    found = [
+        calibration(tested.labels, tested.probabilities).bins
+        for run in runs
+        if (tested := read_tested(run.folder)) is not None
+    ]
     if not found:
         nothing = np.empty(0)
         return Reliability(nothing, nothing, nothing, nothing, 0)

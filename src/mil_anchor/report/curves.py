@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mil_anchor.calibration import calibration
 from mil_anchor.callbacks.monitor import AttentionRow
-from mil_anchor.predictions import PREDICTIONS_FILE, read_predictions
+from mil_anchor.predictions import read_tested
 from mil_anchor.results import Run
 
 # By epoch, None where the measure is not defined.
@@ -82,11 +82,8 @@ def learning_curves(run: Run) -> dict[str, Curve]:
 
 def reliability(run: Run) -> dict[str, Any] | None:
     """How often a run is right, by how sure it is of its test bags; None without test bags."""
-    file = run.folder / PREDICTIONS_FILE
-    if not file.exists():
-        return None
-    tested = read_predictions(file).of_part("test")
-    if not tested.bag_ids:
+    tested = read_tested(run.folder)
+    if tested is None:
         return None
     found = calibration(tested.labels, tested.probabilities)
     return {

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mil_anchor.comparison import read_environment
+from mil_anchor.environment import read_environment
 from mil_anchor.failure import ERROR_FILE
 from mil_anchor.results import Run, Unfinished
 
