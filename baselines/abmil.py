@@ -8,7 +8,7 @@ from baselines.checks import check_bags, check_dropout, check_positive
 from baselines.normalization import normalized_scorer, scorer_inputs
 from baselines.output import MILOutput
 from baselines.pooling import attention_pool, mask_scores
-from baselines.scorer import GatedScorer, TanhScorer
+from baselines.scorer import GatedScorer, Projection, TanhScorer
 
 
 class ABMIL(nn.Module):
@@ -18,7 +18,7 @@ class ABMIL(nn.Module):
     `TanhScorer`; several rows give the mean of their z; a linear layer classifies z.
 
     The attention block is the submodule ``attention``: projected instances (bag, instance, hidden)
-    to raw scores (bag, instance, row).
+    to raw scores (bag, instance, row) and, to be pooled, the instances themselves.
 
     Args:
         in_features: Width of the instance features.
@@ -74,9 +74,7 @@ class ABMIL(nn.Module):
         )
         check_dropout(dropout)
         self.in_features = in_features
-        self.projection = nn.Sequential(
-            nn.Linear(in_features, hidden), nn.ReLU(), nn.Dropout(dropout)
-        )
+        self.projection = Projection(in_features, hidden, dropout)
         scorer = GatedScorer if gated else TanhScorer
         self.normalization = normalization
         self.attention = normalized_scorer(
@@ -97,7 +95,8 @@ class ABMIL(nn.Module):
         """
         mask = check_bags("ABMIL", self.in_features, features, mask)
         instances = self.projection(features)
-        scores = self.attention(*scorer_inputs(self.normalization, instances, mask=mask))
+        inputs = scorer_inputs(self.normalization, instances, mask=mask)
+        scores, instances = self.attention(*inputs)
         scores = mask_scores(rearrange(scores, "b n r -> b r n"), mask)
         pooled = attention_pool(scores, instances).mean(dim=1)
         return MILOutput(self.head(pooled), scores)

@@ -10,7 +10,7 @@ from baselines.checks import check_bags, check_dropout, check_positive
 from baselines.normalization import normalized_scorer, scorer_inputs
 from baselines.output import MILOutput
 from baselines.pooling import attention_pool, mask_scores
-from baselines.scorer import GatedScorer
+from baselines.scorer import GatedScorer, Projection
 
 _BAG_LOSS_WEIGHT = 0.7
 
@@ -43,9 +43,7 @@ class _CLAM(nn.Module):
         self.n_classes = n_classes
         self.k_sample = k_sample
         self.subtyping = subtyping
-        self.projection = nn.Sequential(
-            nn.Linear(in_features, hidden), nn.ReLU(), nn.Dropout(dropout)
-        )
+        self.projection = Projection(in_features, hidden, dropout)
         n_rows = self._count_rows(n_classes)
         scorer = GatedScorer(hidden, attention_width, n_rows, dropout=dropout)
         self.normalization = normalization
@@ -75,7 +73,8 @@ class _CLAM(nn.Module):
         """
         mask = check_bags(type(self).__name__, self.in_features, features, mask)
         instances = self.projection(features)
-        scores = self.attention(*scorer_inputs(self.normalization, instances, mask=mask))
+        inputs = scorer_inputs(self.normalization, instances, mask=mask)
+        scores, instances = self.attention(*inputs)
         scores = mask_scores(rearrange(scores, "b n r -> b r n"), mask)
         logits = self._classify(attention_pool(scores, instances))
         auxiliary_loss = None
@@ -120,7 +119,8 @@ class CLAMSB(_CLAM):
     """CLAM with a single attention branch: one row of scores pools the bag for every class.
 
     The attention block is the submodule ``attention``: projected instances (bag, instance, hidden)
-    to raw scores (bag, instance, row), here of one row.
+    to raw scores (bag, instance, row), here of one row, and, to be pooled, the instances
+    themselves.
 
     Instance loss of a bag: its k instances of highest and its k of lowest score are to be told
     apart, as evidence for and against the bag's class, by that class's binary instance classifier;
@@ -178,7 +178,8 @@ class CLAMMB(_CLAM):
     """CLAM with one attention branch per class: row c pools the bag that class c is judged by.
 
     The attention block is the submodule ``attention``: projected instances (bag, instance, hidden)
-    to raw scores (bag, instance, row), one row per class.
+    to raw scores (bag, instance, row), one row per class, and, to be pooled, the instances
+    themselves.
 
     The instance loss of class c ranks the instances by row c; everything else, the source and the
     differences from it are those of `CLAMSB`.

@@ -1,11 +1,16 @@
 """Online attention by another normalisation than the softmax: eq. 5 and eq. 34 of ASMIL."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from baselines.checks import check_choice
+
+# Scores, alone or with the instances that the scorer hands on to be pooled.
+Scored = Float[Tensor, "bag _ _"] | tuple[Float[Tensor, "bag _ _"], Float[Tensor, "bag _ _"]]
 
 
 def normalized_scorer(scorer: nn.Module, normalization: str, *, rows_first: bool) -> nn.Module:
@@ -61,9 +66,9 @@ class SigmoidScorer(nn.Module):
         super().__init__()
         self.scorer = scorer
 
-    def forward(self, *inputs: Tensor) -> Float[Tensor, "bag _ _"]:
-        """Returns the effective scores in the scorer's layout."""
-        return F.logsigmoid(self.scorer(*inputs))
+    def forward(self, *inputs: Tensor) -> Scored:
+        """Returns the effective scores in the scorer's layout, and what it hands on."""
+        return _with_scores(F.logsigmoid, self.scorer(*inputs))
 
 
 class MixtureScorer(nn.Module):
@@ -89,15 +94,21 @@ class MixtureScorer(nn.Module):
         """Goes back to half and half."""
         nn.init.zeros_(self.share)
 
-    def forward(self, *inputs: Tensor) -> Float[Tensor, "bag _ _"]:
+    def forward(self, *inputs: Tensor) -> Scored:
         """Returns the effective scores, ``-inf`` on padding, in the scorer's layout.
+
+        What the scorer hands on beside them comes with them.
 
         Args:
             inputs: Those of the scorer and, last, the mask (bag, instance); True marks a real
                 instance.
         """
         *features, mask = inputs
-        scores = self.scorer(*features)
+        return _with_scores(lambda scores: self._mix(scores, mask), self.scorer(*features))
+
+    def _mix(
+        self, scores: Float[Tensor, "bag _ _"], mask: Bool[Tensor, "bag instance"]
+    ) -> Float[Tensor, "bag _ _"]:
         axis, other = (2, 1) if self.rows_first else (1, 2)
         padding = ~mask.unsqueeze(other)
         log_softmax, log_nsf = (
@@ -109,3 +120,11 @@ class MixtureScorer(nn.Module):
             F.logsigmoid(self.share) + log_softmax, F.logsigmoid(-self.share) + log_nsf
         )
         return mixture.masked_fill(padding, -torch.inf)
+
+
+def _with_scores(function: Callable[[Tensor], Tensor], scored: Scored) -> Scored:
+    """What a scorer returned, with the function of its scores in their place."""
+    if isinstance(scored, Tensor):
+        return function(scored)
+    scores, instances = scored
+    return function(scores), instances

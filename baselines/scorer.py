@@ -1,7 +1,34 @@
 """The attention scorers of Ilse et al. (2018), which ABMIL and CLAM share."""
 
+from typing import cast
+
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import override
+
+from baselines.fused import can_fuse, fused_gated_scores, fused_projection
+
+
+class Projection(nn.Sequential):
+    """Makes hidden instances ``h = dropout(relu(W x))`` of features x.
+
+    Args:
+        in_features: Width of the features.
+        hidden: Rows of W.
+        dropout: Probability of dropping an entry of h.
+    """
+
+    def __init__(self, in_features: int, hidden: int, dropout: float) -> None:
+        super().__init__(nn.Linear(in_features, hidden), nn.ReLU(), nn.Dropout(dropout))
+
+    @override
+    def forward(self, features: Float[Tensor, "*axis width"]) -> Float[Tensor, "*axis hidden"]:
+        """Returns the hidden instances."""
+        if features.ndim == 3 and can_fuse(self, features):
+            # Indexing forgets the classes of the parts.
+            return fused_projection(features, cast(nn.Linear, self[0]), cast(nn.Dropout, self[2]))
+        hidden: Tensor = super().forward(features)  # type: ignore[no-untyped-call]
+        return hidden
 
 
 class TanhScorer(nn.Module):
@@ -23,10 +50,9 @@ class TanhScorer(nn.Module):
 
     def forward(
         self, features: Float[Tensor, "bag instance width"]
-    ) -> Float[Tensor, "bag instance row"]:
-        """Returns raw scores: neither masked nor normalised."""
-        scores: Tensor = self.score(self.value(features))
-        return scores
+    ) -> tuple[Float[Tensor, "bag instance row"], Float[Tensor, "bag instance width"]]:
+        """Returns raw scores, neither masked nor normalised, and the features to be pooled."""
+        return self.score(self.value(features)), features
 
 
 class GatedScorer(nn.Module):
@@ -55,7 +81,10 @@ class GatedScorer(nn.Module):
 
     def forward(
         self, features: Float[Tensor, "bag instance width"]
-    ) -> Float[Tensor, "bag instance row"]:
-        """Returns raw scores: neither masked nor normalised."""
-        scores: Tensor = self.score(self.value(features) * self.gate(features))
-        return scores
+    ) -> tuple[Float[Tensor, "bag instance row"], Float[Tensor, "bag instance width"]]:
+        """Returns raw scores, neither masked nor normalised, and the features to be pooled."""
+        if can_fuse(self, features):
+            value, gate = (cast(nn.Linear, factor[0]) for factor in (self.value, self.gate))
+            dropouts = (cast(nn.Dropout, factor[2]) for factor in (self.value, self.gate))
+            return fused_gated_scores(features, value, gate, self.score, *dropouts)
+        return self.score(self.value(features) * self.gate(features)), features

@@ -1,166 +1,47 @@
 """TransMIL: self-attention between instances by the Nystrom method (Shao et al., 2021)."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from baselines.checks import check_bags, check_dropout, check_positive
+from baselines.depthwise import depthwise_convolution
+from baselines.nystrom import ClassTokenAttention, NystromAttention
 from baselines.output import MILOutput
-
-_PINV_ITERATIONS = 6
-_RESIDUAL_KERNEL = 33
-
-
-def pseudo_inverse(
-    matrix: Float[Tensor, "bag head landmark landmark"], n_iterations: int
-) -> Float[Tensor, "bag head landmark landmark"]:
-    """Approximates the Moore-Penrose inverse by matrix products alone.
-
-    ``Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4``, from ``Z = A^T / (|A|_1 |A|_inf)``.
-
-    Source: Xiong et al., *Nystromformer*, AAAI 2021. One norm serves all heads of a bag, as in the
-    implementation that TransMIL uses; there it serves the whole batch, so that the result of a bag
-    depends on its neighbours.
-    """
-    magnitude = matrix.abs()
-    norm_1 = magnitude.sum(dim=-2).amax(dim=(1, 2))
-    norm_inf = magnitude.sum(dim=-1).amax(dim=(1, 2))
-    inverse = matrix.mT / (norm_1 * norm_inf)[:, None, None, None]
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    for _ in range(n_iterations):
-        product = matrix @ inverse
-        inner = 15 * identity - product @ (7 * identity - product)
-        inverse = inverse @ (13 * identity - product @ inner) / 4
-    return inverse
-
-
-class QueryKey(nn.Module):
-    """Owns the query and key projections of an attention layer and reads the class token's row.
-
-    Args:
-        width: Width of the tokens.
-        n_heads: Number of heads.
-    """
-
-    def __init__(self, width: int, n_heads: int) -> None:
-        super().__init__()
-        self.n_heads = n_heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(width, width, bias=False)
-
-    def forward(
-        self, tokens: Float[Tensor, "bag token width"]
-    ) -> Float[Tensor, "bag head token-1"]:
-        """Returns ``q^T k_i / sqrt(d)`` of the first token, the class token, with all others."""
-        queries: Tensor = rearrange(
-            self.to_q(tokens[:, :1]), "b 1 (h d) -> b h 1 d", h=self.n_heads
-        )
-        key_weight = rearrange(self.to_k.weight, "(h d) w -> h d w", h=self.n_heads)
-        # q^T (W x) = (W^T q)^T x: one row per head meets the tokens, and no key is computed.
-        directions = rearrange(queries @ key_weight, "b h 1 w -> b w h")
-        scores = rearrange(tokens[:, 1:] @ directions, "b n h -> b h n")
-        return scores / math.sqrt(queries.shape[-1])
-
-
-class MixingRow(nn.Module):
-    """Owns nothing; tells a forward hook by which weights a Nystrom layer mixes its class token."""
-
-    def forward(
-        self,
-        to_landmarks: Float[Tensor, "bag head landmark"],
-        inverse: Float[Tensor, "bag head landmark landmark"],
-        from_landmarks: Float[Tensor, "bag head landmark token"],
-    ) -> Float[Tensor, "bag head token-1"]:
-        """Returns the class token's row of the product of the three, without the token itself.
-
-        It is no distribution: weights may be negative and need not sum to one.
-        """
-        row: Tensor = (to_landmarks[:, :, None] @ inverse) @ from_landmarks[..., 1:]
-        return row.squeeze(2)
-
-
-class NystromAttention(nn.Module):
-    """Self-attention in linear time, with a depth-wise convolution of the values added.
-
-    Landmarks are means of consecutive queries and keys. With Q, K, V per head, landmarks Q~, K~ and
-    S the softmax of scaled products: ``S(Q K~^T) pinv(S(Q~ K~^T)) S(Q~ K^T) V + conv(V)``.
-    In evaluation mode the submodule ``mixing_row`` puts out the first row of what V is multiplied
-    by, (bag, head, token - 1), for whoever hooks it.
-
-    Args:
-        width: Width of the tokens.
-        n_heads: Number of heads.
-        dropout: Dropout after the output projection.
-
-    Source: Xiong et al., *Nystromformer: A Nystrom-based Algorithm for Approximating
-    Self-Attention*, AAAI 2021, with half as many landmarks as the tokens are wide and zeros in
-    front of a sequence that does not divide into them, as TransMIL uses it.
-    """
-
-    def __init__(self, width: int, n_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.n_heads = n_heads
-        self.n_landmarks = width // 2
-        self.query_key = QueryKey(width, n_heads)
-        self.mixing_row = MixingRow()
-        self.to_v = nn.Linear(width, width, bias=False)
-        self.residual = nn.Conv2d(
-            n_heads,
-            n_heads,
-            (_RESIDUAL_KERNEL, 1),
-            padding=(_RESIDUAL_KERNEL // 2, 0),
-            groups=n_heads,
-            bias=False,
-        )
-        self.output = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
-
-    def forward(self, tokens: Float[Tensor, "bag token width"]) -> Float[Tensor, "bag token width"]:
-        """Mixes the tokens of each bag."""
-        n_tokens = tokens.shape[1]
-        padded = F.pad(tokens, (0, 0, -n_tokens % self.n_landmarks, 0))
-        queries, keys, values = (
-            rearrange(project(padded), "b n (h d) -> b h n d", h=self.n_heads)
-            for project in (self.query_key.to_q, self.query_key.to_k, self.to_v)
-        )
-        queries = queries / math.sqrt(queries.shape[-1])
-        landmark_queries, landmark_keys = (
-            reduce(x, "b h (m l) d -> b h m d", "mean", m=self.n_landmarks) for x in (queries, keys)
-        )
-        to_landmarks = (queries @ landmark_keys.mT).softmax(dim=-1)
-        between_landmarks = (landmark_queries @ landmark_keys.mT).softmax(dim=-1)
-        from_landmarks = (landmark_queries @ keys.mT).softmax(dim=-1)
-        inverse = pseudo_inverse(between_landmarks, _PINV_ITERATIONS)
-        if not self.training:
-            # The tokens stand behind the padding, the class token first of them.
-            self.mixing_row(to_landmarks[:, :, -n_tokens], inverse, from_landmarks[..., -n_tokens:])
-        # From right to left: the tall factor meets a matrix as narrow as a head.
-        mixed = to_landmarks @ (inverse @ (from_landmarks @ values)) + self.residual(values)
-        output: Tensor = self.output(rearrange(mixed, "b h n d -> b n (h d)"))
-        return output[:, -n_tokens:]
 
 
 class TransLayer(nn.Module):
-    """Residual attention over normalised tokens, ``x + attention(norm(x))``."""
+    """Residual attention over normalised tokens, ``x + attention(norm(x))``.
 
-    def __init__(self, width: int, n_heads: int, dropout: float) -> None:
+    Args:
+        width: Width of the tokens.
+        attention: Puts out all tokens, or the first ones that whoever comes next needs.
+    """
+
+    def __init__(self, width: int, attention: NystromAttention) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.attention = NystromAttention(width, n_heads, dropout)
+        self.attention = attention
 
     def forward(
         self, tokens: Float[Tensor, "bag token width"]
-    ) -> tuple[Float[Tensor, "bag token width"], Float[Tensor, "bag token width"]]:
+    ) -> tuple[Float[Tensor, "bag mixed width"], Float[Tensor, "bag token width"]]:
         """Returns the new tokens, and the normalised ones that the attention has read."""
         normed = self.norm(tokens)
-        return tokens + self.attention(normed), normed
+        mixed = self.attention(normed)
+        return tokens[:, : mixed.shape[1]] + mixed, normed
 
 
 class PPEG(nn.Module):
-    """Pyramid position encoding: depth-wise convolutions over the square of instances."""
+    """Pyramid position encoding: depth-wise convolutions over the square of instances.
+
+    ``x + sum_k conv_k(x)`` is one convolution, its kernel the sum of all, each in the middle.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -174,8 +55,16 @@ class PPEG(nn.Module):
     ) -> Float[Tensor, "bag token width"]:
         """Encodes all tokens but the first, the class token."""
         square = rearrange(tokens[:, 1:], "b (y x) w -> b w y x", y=side)
-        encoded = square + sum(convolution(square) for convolution in self.convolutions)
+        encoded = depthwise_convolution(self, square, *self._merged())
         return torch.cat([tokens[:, :1], rearrange(encoded, "b w y x -> b (y x) w")], dim=1)
+
+    def _merged(self) -> tuple[Tensor, Tensor]:
+        convolutions: Any = self.convolutions
+        half = convolutions[0].padding[0]
+        kernels = [F.pad(c.weight, 4 * (half - c.padding[0],)) for c in convolutions]
+        identity = torch.zeros_like(kernels[0])
+        identity[:, :, half, half] = 1
+        return sum(kernels, start=identity), torch.stack([c.bias for c in convolutions]).sum(dim=0)
 
 
 class TransMIL(nn.Module):
@@ -219,7 +108,8 @@ class TransMIL(nn.Module):
     - the pseudo-inverse is scaled per bag (see `pseudo_inverse`), and padded batches run bag by
       bag, so that no bag depends on another or on padding; upstream takes bags of equal size;
     - query, key and value are three layers and not one, so that a block owns just what scores;
-    - products run from right to left: the same result for fewer operations;
+    - products run from right to left, the last layer mixes its class token alone, and the three
+      position convolutions are one: the same result for fewer operations;
     - widths and heads are arguments; upstream fixes 1024, 512 and 8;
     - returns logits and scores; upstream adds probabilities and the predicted class.
     """
@@ -246,7 +136,10 @@ class TransMIL(nn.Module):
         self.projection = nn.Sequential(nn.Linear(in_features, hidden), nn.ReLU())
         self.class_token = nn.Parameter(torch.empty(1, 1, hidden))
         self.reset_parameters()
-        self.layers = nn.ModuleList(TransLayer(hidden, n_heads, dropout) for _ in range(2))
+        self.layers = nn.ModuleList(
+            TransLayer(hidden, attention(hidden, n_heads, dropout))
+            for attention in (NystromAttention, ClassTokenAttention)
+        )
         self.position = PPEG(hidden)
         self.norm = nn.LayerNorm(hidden)
         self.head = nn.Linear(hidden, n_classes)

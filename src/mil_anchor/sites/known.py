@@ -27,8 +27,8 @@ class Known(NamedTuple):
     note: str = ""
 
 
-def _baseline(name: str, block: str, layout: str) -> Known:
-    return Known(f"baselines.{name}", AttentionSite(block, layout=layout), "mil_anchor")
+def _baseline(name: str, site: AttentionSite) -> Known:
+    return Known(f"baselines.{name}", site, "mil_anchor")
 
 
 def _torchmil(name: str, site: Site, **more: str) -> Known:
@@ -41,6 +41,7 @@ _OWN_TRANSMIL = AttentionSite(
     surrogate=True,
     mixing="layers.-1.attention.mixing_row",
 )
+_OWN_POOL = AttentionSite("attention", layout="b n r", output=0)
 _POOL = AttentionSite("pool", tap="fc2", layout="b n r")
 _SM_POOL = AttentionSite("pool", tap="proj2", layout="b n r")
 _LATE_SM_POOL = AttentionSite("pool", tap="sm", layout="b n r")
@@ -54,12 +55,12 @@ _NOT_NORMALIZED = "It weights features by raw scores, without a softmax: strict=
 _GROUPS = "Each pseudo-bag is a distribution of its own; the second tier is not regularised."
 
 KNOWN_MODELS = (
-    _baseline("abmil.ABMIL", "attention", "b n r"),
-    _baseline("clam.CLAMSB", "attention", "b n r"),
-    _baseline("clam.CLAMMB", "attention", "b n r"),
-    Known("baselines.transmil.TransMIL", _OWN_TRANSMIL, "mil_anchor"),
-    _baseline("dsmil.DSMIL", "attention", "b r n"),
-    _baseline("asmil.ASMIL", "attention", "b n r"),
+    _baseline("abmil.ABMIL", _OWN_POOL),
+    _baseline("clam.CLAMSB", _OWN_POOL),
+    _baseline("clam.CLAMMB", _OWN_POOL),
+    _baseline("transmil.TransMIL", _OWN_TRANSMIL),
+    _baseline("dsmil.DSMIL", AttentionSite("attention", layout="b r n")),
+    _baseline("asmil.ASMIL", AttentionSite("attention", layout="b n r")),
     _torchmil("abmil.ABMIL", _POOL),
     _torchmil("clam.CLAM_SB", _POOL),
     _torchmil("transformer_abmil.TransformerABMIL", _POOL),
