@@ -358,6 +358,72 @@ def test_anchor__chosen_parameters__are_the_only_ones_that_move():
     assert torch.equal(anchor.block[1].weight, before)
 
 
+def test_anchor__other_parameters_in_the_next_update__are_those_that_move():
+    torch.manual_seed(0)
+    block = Scorer()
+    anchor, parameters = Anchor(block, decay=0.5), list(block.parameters())
+    start = [parameter.detach().clone() for parameter in parameters]
+    _perturb(block)
+
+    anchor.update(parameters[:2])
+    anchor.update(parameters[2:])
+    anchor.update(parameters[2:])
+    anchor.update()
+
+    shares = [0.75] * 2 + [0.875] * (len(parameters) - 2)
+    mirrored = anchor.block.parameters()
+    for begin, moved, target, share in zip(start, mirrored, parameters, shares, strict=True):
+        assert torch.allclose(moved, begin.lerp(target, share))
+
+
+def test_anchor__buffer_replaced_by_the_model__is_still_copied():
+    block = Scorer()
+    anchor = Anchor(block)
+    anchor.update()
+
+    block.norm.running_mean = torch.full((5,), 3.0)
+    anchor.update()
+
+    assert torch.equal(anchor.block.norm.running_mean, torch.full((5,), 3.0))
+
+
+def test_anchor__unknown_precision__is_named():
+    with pytest.raises(ValueError, match=r"one of float32, bf16, but got 'fp8'"):
+        Anchor(nn.Linear(2, 1), precision="fp8")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_anchor__bf16__runs_in_bfloat16_and_keeps_its_tensors(dtype):
+    torch.manual_seed(0)
+    block = Scorer().to(dtype)
+    anchor, exact = (Anchor(block, precision=name) for name in ("bf16", "float32"))
+    features = torch.randn(9, 6, dtype=dtype)
+
+    scores = anchor(features)
+
+    assert scores.dtype == torch.bfloat16
+    assert torch.allclose(scores.float(), exact(features), rtol=0.03, atol=0.03)
+    for name, tensor in exact.state_dict().items():
+        assert torch.equal(anchor.state_dict()[name], tensor)
+        assert anchor.state_dict()[name].dtype == tensor.dtype
+
+
+def test_anchor__bf16_of_a_float64_block__is_refused():
+    with pytest.raises(ValueError, match=r"must have an attention block of float32 or less"):
+        Anchor(nn.Linear(2, 1).double(), precision="bf16")
+
+
+def test_anchor__float32_under_autocast__runs_in_float32():
+    torch.manual_seed(0)
+    anchor, features = Anchor(Scorer()), torch.randn(9, 6)
+    expected = anchor(features)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = anchor(features)
+
+    assert torch.equal(scores, expected)
+
+
 def test_anchor__saved_and_loaded__is_the_same():
     block = Scorer()
     anchor = Anchor(block)

@@ -116,6 +116,42 @@ def test_kl__gradient__is_softmax_minus_target_and_zero_to_the_anchor(seed, n_in
     assert anchor.grad is None
 
 
+def _plain_kl(log_target: Tensor, log_online: Tensor) -> Tensor:
+    """Equation 7 term by term, over the instances that have a target."""
+    terms = [
+        [t.exp() * (t - o) for t, o in zip(*rows, strict=True) if t > -torch.inf]
+        for rows in zip(log_target, log_online, strict=True)
+    ]
+    return torch.stack([torch.stack(row).sum() for row in terms])
+
+
+@given(seed=seeds, n_instances=st.integers(1, 12), scale=st.sampled_from([0.1, 1.0, 10.0]))
+@LAWS
+def test_kl__float64__equals_the_plain_sum_with_its_gradients_to_both(seed, n_instances, scale):
+    mask = _prefix_mask(seed, 2, n_instances)
+    scores = [
+        _scores(seed + shift, n_instances, scale)[:, 0].double().requires_grad_()
+        for shift in (0, 1)
+    ]
+    logs = log_normalized_sigmoid(scores[0], mask), log_softmax(scores[1], mask)
+
+    fast, plain = kl_divergence(*logs), _plain_kl(*logs)
+
+    assert torch.allclose(fast, plain, rtol=1e-12, atol=1e-14)
+    of_fast, of_plain = (
+        torch.autograd.grad(kl.sum(), scores, retain_graph=True) for kl in (fast, plain)
+    )
+    for one, other in zip(of_fast, of_plain, strict=True):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-13)
+
+
+def test_valid_scores__rows_of_the_largest_numbers__are_finite():
+    scores = torch.full((2, 3, 4), torch.finfo(torch.float32).max)
+
+    assert torch.equal(valid_scores(scores), scores)
+    assert torch.equal(valid_scores(-scores), -scores)
+
+
 def test_kl__target_that_underflows_to_zero__adds_nothing_there():
     target = log_softmax(torch.tensor([[0.0, -200.0]]))
     online = log_softmax(torch.tensor([[0.0, -torch.inf]]))

@@ -11,12 +11,16 @@ from tests.composing import ROOT
 SOURCE = ROOT / "src" / "mil_anchor"
 FLOOR = tuple(
     f"mil_anchor.{name}"
-    for name in ("anchor", "attention", "matching", "ranks", "schedules", "sites", "targets")
+    for name in (
+        *("anchor", "attention", "matching", "precision", "ranks", "schedules"),
+        *("sites", "targets"),
+    )
 )
 NUMERICS = (
     "attention.py",
     "anchor.py",
     "matching.py",
+    "precision.py",
     "ranks.py",
     "schedules.py",
     *(

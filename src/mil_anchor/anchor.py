@@ -3,7 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -12,12 +12,15 @@ from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from mil_anchor.precision import PRECISIONS, running_in
 from mil_anchor.schedules import warmed_up
 from mil_anchor.sites.base import map_tensors, tensors_in
 
 Result = TypeVar("Result")
 
 STARTS = ("copy", "random")
+
+_Pairs: TypeAlias = list[tuple[Tensor, Tensor]]
 
 # Hooks that belong to the computation itself: without them the block loses its weight.
 _STRUCTURAL_HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
@@ -51,13 +54,16 @@ class Anchor:
         start: ``"copy"``: the block's weights; ``"random"``: a fresh initialisation by the
             ``reset_parameters`` of its submodules. That depends on the global random state, and
             leaves it as it was.
+        precision: What the mirror runs in: ``"float32"``, that of its tensors, or ``"bf16"``,
+            bfloat16 by autocast. Its tensors are the same with either.
 
     Attributes:
         n_updates: How many updates have been made; those by several optimizers all count.
 
     Raises:
         ValueError: The decay lies outside [0, 1), the block holds uninitialised parameters, the
-            start is unknown, or a submodule cannot be initialised again.
+            start or the precision is unknown, a submodule cannot be initialised again, or the
+            precision is bf16 and the block float64.
 
     Source: ASMIL (arXiv 2603.06658), eq. 4. The random start is that of the authors' code, whose
     anchor is a second initialisation; the paper has neither it nor the warm-up.
@@ -70,8 +76,13 @@ class Anchor:
         decay: float = 0.999,
         warmup: bool = False,
         start: str = "copy",
+        precision: str = "float32",
     ) -> None:
         check_decay(decay)
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {', '.join(PRECISIONS)}, but got '{precision}'."
+            )
         if start not in STARTS:
             raise ValueError(f"start must be one of {', '.join(STARTS)}, but got '{start}'.")
         if has_lazy_parameters(online):
@@ -81,6 +92,7 @@ class Anchor:
             )
         self.decay = decay
         self.warmup = warmup
+        self.precision = precision
         self.n_updates = 0
         self.online = online
         self.block = _bare_copy(online).requires_grad_(requires_grad=False).eval()
@@ -88,13 +100,23 @@ class Anchor:
             tensor.data = tensor.data.to(_anchor_dtype(tensor))
         if start == "random":
             _initialize(self.block)
+        # Asked for in every step.
+        self._place = _place_of(self.block)
+        if precision == "bf16" and self._place[1] == torch.float64:
+            raise ValueError(
+                "precision='bf16' must have an attention block of float32 or less, since autocast "
+                "leaves float64 alone, but this one is float64. Use 'float32'."
+            )
+        self._modules = list(zip(self.block.modules(), online.modules(), strict=True))
+        self._chosen: set[int] | None = None
+        self._pairs: tuple[_Pairs, _Pairs] = ([], [])
 
     @torch.no_grad()
     def apply(self, function: Callable[[nn.Module, Any], Result], inputs: Any) -> Result:
         """``function(mirror, inputs)`` with the inputs detached and in the mirror's precision."""
-        tensors = list(_tensors(self.block))
-        dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
-        device = next((t.device for t in tensors), torch.device("cpu"))
+        device, dtype = self._place
+        if self.precision == "bf16":
+            dtype = torch.bfloat16  # once here, and not for each layer that reads the inputs
 
         def cast(value: Tensor) -> Tensor:
             value = value.detach()
@@ -102,11 +124,11 @@ class Anchor:
 
         # Some blocks draw random numbers in eval mode, too: the model must not miss them.
         forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with torch.autocast(device.type, enabled=False), forked:
+        with running_in(self.precision, device.type), forked:
             return function(self.block, map_tensors(cast, inputs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the mirror on the online block's inputs, in the mirror's own precision."""
+        """Run the mirror on the online block's inputs, in the mirror's precision."""
         return self.apply(lambda block, inputs: block(*inputs[0], **inputs[1]), (args, kwargs))
 
     @torch.no_grad()
@@ -119,23 +141,38 @@ class Anchor:
         """
         decay = warmed_up(self.decay, self.n_updates) if self.warmup else self.decay
         self.n_updates += 1
-        chosen = None if parameters is None else {id(parameter) for parameter in parameters}
-        pairs = [
-            (mirrored, online)
-            for mirrored, online in zip(
-                self.block.parameters(), self.online.parameters(), strict=True
-            )
-            if chosen is None or id(online) in chosen
-        ]
-        floating = [(m, o.to(m.dtype)) for m, o in pairs if m.is_floating_point()]
+        floating, others = self._pairs_of(parameters)
         if floating:
-            mirrors, targets = map(list, zip(*floating, strict=True))
+            mirrors = [mirrored for mirrored, _ in floating]
+            targets = [online.to(mirrored.dtype) for mirrored, online in floating]
             torch._foreach_lerp_(mirrors, targets, 1 - decay)
-        for mirrored, online in pairs:
-            if not mirrored.is_floating_point():
-                mirrored.copy_(online)
-        for copied, buffer in zip(self.block.buffers(), self.online.buffers(), strict=True):
-            copied.copy_(buffer)
+        for mirrored, online in others:
+            mirrored.copy_(online)
+        # Not their tensors, which a forward pass may replace.
+        for copy_of, module in self._modules:
+            buffers = zip(copy_of._buffers.values(), module._buffers.values(), strict=True)
+            for copied, buffer in buffers:
+                if copied is not None and buffer is not None:
+                    copied.copy_(buffer)
+
+    def _pairs_of(self, parameters: Collection[Tensor] | None) -> tuple[_Pairs, _Pairs]:
+        """Mirrored and online parameters, floating ones and others; kept for the next step."""
+        chosen = None if parameters is None else {id(parameter) for parameter in parameters}
+        # What is kept holds these parameters, so that no other tensor can have their ids.
+        if chosen is None or chosen != self._chosen:
+            pairs = [
+                (mirrored, online)
+                for mirrored, online in zip(
+                    self.block.parameters(), self.online.parameters(), strict=True
+                )
+                if chosen is None or id(online) in chosen
+            ]
+            self._chosen = chosen
+            self._pairs = (
+                [pair for pair in pairs if pair[0].is_floating_point()],
+                [pair for pair in pairs if not pair[0].is_floating_point()],
+            )
+        return self._pairs
 
     @torch.no_grad()
     def distance(self) -> Float[Tensor, ""]:
@@ -262,6 +299,13 @@ def _anchor_dtype(tensor: Tensor) -> torch.dtype:
         if tensor.is_floating_point()
         else tensor.dtype
     )
+
+
+def _place_of(block: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+    """Where a block's tensors are, and the type of its floating ones, if it has any."""
+    device = next((tensor.device for tensor in _tensors(block)), torch.device("cpu"))
+    dtype = next((t.dtype for t in _tensors(block) if t.is_floating_point()), None)
+    return device, dtype
 
 
 def _named(block: nn.Module) -> Iterator[tuple[str, Tensor]]:

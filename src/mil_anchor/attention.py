@@ -6,13 +6,13 @@ leaves out, and scores of ``-inf``, get a log-attention of ``-inf``: an attentio
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from mil_anchor.precision import running_in
 
 
 def log_softmax(
@@ -88,7 +88,7 @@ def valid_scores(
     Raises:
         ValueError: As for `log_softmax`.
     """
-    with _full_precision(scores):
+    with running_in("float32", scores.device.type):
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if mask is not None:
             scores = scores.masked_fill(~_fit_mask(mask, scores), -torch.inf)
@@ -110,12 +110,12 @@ def kl_divergence(
 
     Source: ASMIL (arXiv 2603.06658), eq. 7-8; summed, not averaged, over instances.
     """
-    with _full_precision(log_online):
-        supported = log_target.exp() > 0
-        # Replaced before the difference: (-inf) - (-inf) is NaN, in the backward pass too.
-        target = log_target.masked_fill(~supported, 0)
-        online = log_online.masked_fill(~supported, 0)
-        return (target.exp() * (target - online) * supported).sum(dim=-1)
+    with running_in("float32", log_online.device.type):
+        target = log_target.exp()
+        # (-inf) - (-inf) is NaN, and replaced before anything multiplies it: a difference hands no
+        # NaN on in the backward pass.
+        difference = (log_target - log_online).masked_fill(target == 0, 0)
+        return (target * difference).sum(dim=-1)
 
 
 def js_divergence(
@@ -125,7 +125,7 @@ def js_divergence(
 
     Source: ASMIL (arXiv 2603.06658), eq. 3 and 35.
     """
-    with _full_precision(log_p):
+    with running_in("float32", log_p.device.type):
         # Where both are zero so is their mean; logaddexp(-inf, -inf) has a NaN gradient.
         neither = (log_p == -torch.inf) & (log_q == -torch.inf)
         log_sum = torch.logaddexp(log_p.masked_fill(neither, 0), log_q.masked_fill(neither, 0))
@@ -198,8 +198,9 @@ def _check(scores: Tensor) -> None:
             "Drop slides without tiles before batching."
         )
     # One pass answers for both: the largest score of a row is NaN if any is, +inf if any is, and
-    # -inf only when no instance is real.
-    if bool(torch.isfinite(scores.amax(dim=-1)).all()):
+    # -inf only when no instance is real. Such a number minus itself is NaN, and any other is 0.
+    largest = scores.detach().amax(dim=-1)
+    if not bool((largest - largest).any()):
         return
     rows = scores.reshape(scores.shape[0] if scores.ndim > 1 else 1, -1, scores.shape[-1])
     broken = [bag for bag, row in enumerate(rows) if bool((row.isnan() | (row == torch.inf)).any())]
@@ -213,9 +214,3 @@ def _check(scores: Tensor) -> None:
         f"Every bag needs a real instance, but bags {empty} of these scores are all padding. "
         "Drop slides without tiles before batching."
     )
-
-
-@contextmanager
-def _full_precision(tensor: Tensor) -> Iterator[None]:
-    with torch.autocast(tensor.device.type, enabled=False):
-        yield

@@ -227,3 +227,15 @@ def test_anchor_callback__wrong_path__names_the_part_that_fails(tmp_path):
         ValueError, match=r"TinyMIL has no 'attn'\. It has: encoder, attention, head"
     ):
         make_trainer(tmp_path, AnchorCallback("net.attn")).fit(seeded_module(), make_loader())
+
+
+def test_anchor_callback__site_or_scope_changed__has_another_state_key():
+    callback = AnchorCallback("net.attention")
+    keys = [callback.state_key, callback.state_key]
+    callback.scope = "encoder"
+    keys.append(callback.state_key)
+    callback.site = AttentionSite("net.attention", layout="b n r")
+    keys.append(callback.state_key)
+
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3

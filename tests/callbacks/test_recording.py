@@ -6,6 +6,7 @@ from torch import nn
 
 from mil_anchor import AnchorCallback, AttentionRegularizer, AttentionSite
 from mil_anchor.attention import softmax
+from mil_anchor.callbacks.recorder import AttentionRecorder
 from tests.callbacks.tiny import (
     TinyModule,
     make_batches,
@@ -241,3 +242,74 @@ def test_regularizer__probabilities_of_a_tuple_output__can_be_picked(tmp_path):
     make_trainer(tmp_path, AnchorCallback(site)).fit(seeded_module(Module), make_loader())
     with pytest.raises(ValueError, match="a mapping with keys"):
         make_trainer(tmp_path, AnchorCallback("block")).fit(seeded_module(Module), make_loader())
+
+
+class PassesThrough(nn.Module):
+    """Scores beside the features that it got, as CLAM's block returns them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(4, 1)
+
+    def forward(self, features):
+        return self.score(features), features.view_as(features)
+
+
+def test_recorder__features_that_the_block_hands_through__are_not_copied():
+    block, features = PassesThrough(), torch.randn(1, 5, 4)
+    recorder = AttentionRecorder(
+        block, AttentionSite("", layout="b n r", output=0), only_with_grad=True
+    )
+    recorder.start()
+    scores, _ = block(features)
+    (call,) = recorder.calls
+    recorder.remove()
+
+    assert call.returned[1].data_ptr() == features.data_ptr()
+    assert call.returned[0] is not scores
+    assert torch.equal(call.returned[0], scores)
+
+
+def test_recorder__block_with_a_sparse_input__is_recorded():
+    class Graph(PassesThrough):
+        def forward(self, features, adjacency):
+            scores, _ = super().forward(features)
+            return scores, adjacency
+
+    block, adjacency = Graph(), torch.eye(5).to_sparse()
+    recorder = AttentionRecorder(
+        block, AttentionSite("", layout="b n r", output=0), only_with_grad=True
+    )
+    recorder.start()
+    block(torch.randn(1, 5, 4), adjacency)
+    (call,) = recorder.calls
+    recorder.remove()
+
+    assert call.returned[1] is adjacency
+
+
+def test_recorder__block_around_a_tap__keeps_the_tap_alone():
+    block = nn.Sequential(nn.Linear(4, 1), nn.Softmax(dim=1))
+    recorder = AttentionRecorder(
+        block, AttentionSite("", tap="0", layout="b n r"), only_with_grad=True
+    )
+    recorder.start()
+    block(torch.randn(1, 5, 4))
+    kept = [call.returned is not None for call in recorder.calls]
+    recorder.remove()
+
+    assert kept == [True, False]
+
+
+def test_recorder__identity_as_a_tap__keeps_scores_that_are_masked_in_place_later():
+    block = nn.Sequential(nn.Linear(4, 1), nn.Identity())
+    recorder = AttentionRecorder(
+        block, AttentionSite("", tap="1", layout="b n r"), only_with_grad=True
+    )
+    recorder.start()
+    scores = block(torch.randn(1, 5, 4))
+    scores[:, 0] = -1e9
+    (attention,) = recorder.take(None)
+    recorder.remove()
+
+    assert attention.scores.isfinite().all()

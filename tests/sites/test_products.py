@@ -1,8 +1,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from mil_anchor import ClassTokenSite, CriticalInstanceSite, MultiheadSite
+from mil_anchor.anchor import Anchor
 from mil_anchor.callbacks.recorder import AttentionRecorder
 from tests.sites.watching import bag, read
 
@@ -60,6 +62,129 @@ def test_class_token_site__any_padding_and_repeats__gives_the_row_of_the_formula
     assert torch.allclose(attention.scores.double(), _row(model, features), atol=1e-6)
 
 
+class Wrapped(nn.Linear):
+    """Computes the same, but might compute anything: the keys are made."""
+
+
+def _scores_and_gradients(qkv, n_instances):
+    """What the site reads of a model with this projection, and the gradients of its sum."""
+    torch.manual_seed(0)
+    model, features = Squared().double(), bag(2, n_instances).double().requires_grad_()
+    model.attention.qkv = qkv
+    (attention,), _ = read(model, ClassTokenSite("attention.qkv"), {"features": features})
+    weights = torch.linspace(-1, 1, attention.scores.numel()).double()
+    loss = (attention.scores.flatten() * weights).sum()
+    tensors = [features, *(p for p in model.parameters() if p.requires_grad)]
+    gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
+    anchor = Anchor(qkv)
+    again = anchor.apply(ClassTokenSite("attention.qkv", heads=2).rescore, attention.inputs)
+    return attention.scores.detach(), gradients, again
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("n_instances", [1, 4, 7, 10])
+def test_class_token_site__plain_projection__equals_the_row_with_keys(bias, n_instances):
+    torch.manual_seed(1)
+    plain = nn.Linear(8, 24, bias=bias).double()
+    wrapped = Wrapped(8, 24, bias=bias).double()
+    wrapped.load_state_dict(plain.state_dict())
+
+    fast, slow = (_scores_and_gradients(qkv, n_instances) for qkv in (plain, wrapped))
+
+    assert torch.allclose(fast[0], slow[0], rtol=1e-12, atol=1e-14)
+    assert torch.allclose(fast[2], slow[2], rtol=1e-12, atol=1e-14)
+    for one, other in zip(fast[1], slow[1], strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert torch.allclose(one, other, rtol=1e-10, atol=1e-13)
+
+
+def test_class_token_site__plain_projection__leaves_the_values_without_a_gradient_of_zeros():
+    torch.manual_seed(0)
+    model, features = Squared(), bag(1, 7)
+    seen = []
+    model.attention.qkv.register_full_backward_hook(lambda *_: seen.append(True))
+
+    (attention,), _ = read(model, ClassTokenSite("attention.qkv"), {"features": features})
+    attention.scores.sum().backward()
+
+    assert not seen  # nothing goes back through the output of the projection
+
+
+def _double_output(module, args, output):
+    return output * 2
+
+
+@pytest.mark.parametrize("wrap", ["hook", "pre_hook", "parametrized", "old_weight_norm", "forward"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_class_token_site__projection_that_is_more_than_linear__is_read_as_it_puts_out(wrap):
+    torch.manual_seed(0)
+    model, features = Squared().double(), bag(2, 7).double()
+    qkv = model.attention.qkv
+    if wrap == "hook":
+        qkv.register_forward_hook(_double_output)
+    elif wrap == "pre_hook":
+        qkv.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    elif wrap == "parametrized":
+        parametrizations.weight_norm(qkv)
+        with torch.no_grad():
+            qkv.parametrizations.weight.original0.mul_(2)
+    elif wrap == "old_weight_norm":
+        nn.utils.weight_norm(qkv)
+        with torch.no_grad():
+            qkv.weight_g.mul_(2)
+    else:
+        inner = qkv.forward
+        qkv.forward = lambda x: inner(x) * 2
+    expected = _row(model, features)
+
+    (attention,), _ = read(model, ClassTokenSite("attention.qkv"), {"features": features})
+
+    assert torch.allclose(attention.scores, expected, rtol=1e-10)
+
+
+def test_class_token_site__global_hook__is_respected():
+    torch.manual_seed(0)
+    model, features = Squared().double(), bag(1, 7).double()
+
+    def double(module, args, output):
+        return output * 2 if module is model.attention.qkv else None
+
+    handle = nn.modules.module.register_module_forward_hook(double)
+    try:
+        expected = _row(model, features)
+        (attention,), _ = read(model, ClassTokenSite("attention.qkv"), {"features": features})
+    finally:
+        handle.remove()
+
+    assert torch.allclose(attention.scores, expected, rtol=1e-10)
+
+
+def test_class_token_site__output_changed_in_place__is_refused():
+    class Scaling(Attention):
+        def forward(self, x):
+            self.qkv(x).mul_(2)
+            return x
+
+    model = Squared()
+    model.attention = Scaling()
+    with pytest.raises(RuntimeError, match="has changed them in place"):
+        read(model, ClassTokenSite("attention.qkv"), {"features": bag(1, 7)})
+
+
+def test_class_token_site__parts_that_only_count__are_not_copied():
+    model, site = Squared(), ClassTokenSite("attention.qkv")
+    recorder = AttentionRecorder(model, site, only_with_grad=True)
+    recorder.start()
+    model(bag(1, 7))
+    kept = {call.name: call.returned is not None for call in recorder.calls}
+    recorder.remove()
+
+    assert kept.pop("qkv")
+    assert kept
+    assert not any(kept.values())
+
+
 def test_class_token_site__model_run_by_its_forward__counts_by_its_first_submodule():
     class Wrapper(nn.Module):
         def __init__(self) -> None:
@@ -94,6 +219,11 @@ def test_class_token_site__unknown_heads__asks_for_them():
     with pytest.raises(ValueError, match=r"Attention has no heads, n_heads or num_heads.*heads="):
         ClassTokenSite("attention.qkv").bound(model)
     assert ClassTokenSite("attention.qkv", heads=4).bound(model).heads == 4
+
+
+def test_class_token_site__rescoring_before_it_is_bound__asks_for_the_heads():
+    with pytest.raises(ValueError, match=r"heads of 'attention.qkv' must be known here"):
+        ClassTokenSite("attention.qkv").rescore(nn.Linear(8, 24), ((bag(1, 4, 8),), slice(0, 4)))
 
 
 class Seeds(nn.Module):
@@ -214,6 +344,41 @@ def test_critical_instance_site__query_run_twice__gives_a_row_per_class():
     # Both sides come from the copy: with its own weights on one side the gap would never close.
     again = site.rescore(model.query, attention.inputs)
     assert torch.allclose(again, attention.scores, atol=1e-6)
+
+
+class Gathering(nn.Module):
+    """The critical instances' queries are those of the instances: the query network runs once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes = nn.Linear(5, 2)
+        self.query = nn.Sequential(nn.Linear(5, 4), nn.Tanh())
+
+    def forward(self, features):
+        index, queries = self.classes(features).argmax(dim=1), self.query(features)
+        critical = torch.stack([of_bag[i] for of_bag, i in zip(queries, index, strict=True)])
+        return (critical @ queries.mT / 2).softmax(dim=-1) @ features
+
+
+def test_critical_instance_site__gathered_queries__take_one_pass_of_the_copy():
+    torch.manual_seed(0)
+    model, features = Gathering().double(), bag(2, 7).double()
+    site = CriticalInstanceSite("query", classifier="classes")
+    (attention,), difference = read(model, site, {"features": features})
+    anchor = Anchor(model.query)
+    n_calls = []
+    anchor.block.register_forward_hook(lambda *_: n_calls.append(1))
+
+    again = anchor.apply(site.rescore, attention.inputs)
+
+    index = model.classes(features).argmax(dim=1)
+    critical = torch.stack([of_bag[i] for of_bag, i in zip(features, index, strict=True)])
+    two_passes = model.query(critical) @ model.query(features).mT / 2
+    assert difference is None
+    assert len(n_calls) == 1
+    assert torch.allclose(attention.scores, two_passes, rtol=1e-12, atol=1e-14)
+    assert torch.allclose(again, two_passes, rtol=1e-12, atol=1e-14)
+    assert torch.equal(site.instances(attention.inputs), features)
 
 
 def test_critical_instance_site__query_run_three_times__is_refused():

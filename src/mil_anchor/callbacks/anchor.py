@@ -21,6 +21,7 @@ from mil_anchor.callbacks.optimizers import has_moved, parameters_of
 from mil_anchor.callbacks.processes import share, tell
 from mil_anchor.callbacks.regularizer import AttentionRegularizer
 from mil_anchor.matching import REDUCTIONS, attention_distance, bag_feature_distance
+from mil_anchor.precision import PRECISIONS, check_bf16
 from mil_anchor.schedules import Constant, Schedule
 from mil_anchor.sites.base import RecordedAttention, Site
 from mil_anchor.targets import Target, as_target
@@ -59,12 +60,19 @@ class AnchorCallback(EvaluatedWeights, AttentionRegularizer):
             as in its authors' released code: N times weaker, for reproducing that only.
         evaluate: Validate and test with the ``"online"`` attention block, as in the paper, or with
             the parameters of the ``"anchor"`` in its place; see `EvaluatedWeights`.
+        anchor_precision: What the anchor's forward pass runs in: ``"float32"``, or ``"bf16"`` for
+            about half its time, where the device computes in bfloat16 itself. EMA, target and
+            divergence stay in float32. Scores of a gated scorer were off by 0.6 % of their spread
+            (rms): at a spread of 0.09 / 0.9 / 9 a softmax target by 0.04 / 0.4 / 5-9 % in the mean,
+            an NSF by 0.02 / 0.2 / 0.5-2 %, and the KL to either by at most 0.005 / 0.15 / 50 %
+            (softmax) or 0.1 % (NSF) of itself.
         scope: ``"block"``: the anchor is a copy of the attention block alone; ``"encoder"``: of
             the whole model around it.
         strict: Whether scores that no softmax of the model has got are an error or a warning.
 
     Raises:
         ValueError: An argument is out of range, or two of them exclude each other.
+        MisconfigurationException: When a fit starts: the device has no bfloat16.
 
     Logs ``anchor/kl`` (the divergence in nats; with the bag feature ``anchor/bag_feature``) and
     ``anchor/loss`` (weight x divergence), means over the epoch's distributions; at the epoch's end
@@ -89,6 +97,7 @@ class AnchorCallback(EvaluatedWeights, AttentionRegularizer):
         match: str = "attention",
         reduction: str = "sum",
         evaluate: str = "online",
+        anchor_precision: str = "float32",
         scope: str = "block",
         strict: bool = True,
     ) -> None:
@@ -99,6 +108,7 @@ class AnchorCallback(EvaluatedWeights, AttentionRegularizer):
         _check_choice("match", match, MATCHES)
         _check_choice("reduction", reduction, REDUCTIONS)
         _check_choice("evaluate", evaluate, EVALUATES)
+        _check_choice("anchor_precision", anchor_precision, PRECISIONS)
         if match == "bag_feature" and reduction == "mean":
             raise ValueError(
                 "reduction='mean' divides a divergence of attention by its instances, but a bag "
@@ -119,6 +129,7 @@ class AnchorCallback(EvaluatedWeights, AttentionRegularizer):
         self.match = match
         self.reduction = reduction
         self.evaluate = evaluate
+        self.anchor_precision = anchor_precision
         self._anchor: Anchor | None = None
         self._saved: dict[str, Any] = {}
         self._handles: list[RemovableHandle] = []
@@ -139,6 +150,11 @@ class AnchorCallback(EvaluatedWeights, AttentionRegularizer):
                 f"The checkpoint {trainer.ckpt_path} holds no anchor for {self.state_key}: the "
                 f"anchor starts {begins}."
             )
+        if self.anchor_precision == "bf16":
+            try:
+                check_bf16(pl_module.device)
+            except RuntimeError as error:
+                raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
         super().on_train_start(trainer, pl_module)
 
     @override
@@ -217,7 +233,13 @@ class AnchorCallback(EvaluatedWeights, AttentionRegularizer):
     def _start_anchor(self) -> None:
         start = "copy" if self._saved else self.start
         block = self.online.block
-        self._anchor = Anchor(block, decay=self.decay, warmup=self.warmup, start=start)
+        self._anchor = Anchor(
+            block,
+            decay=self.decay,
+            warmup=self.warmup,
+            start=start,
+            precision=self.anchor_precision,
+        )
         if self._saved:
             self._anchor.load_state_dict(self._saved["anchor"])
             # Checkpoints from before the warm-up do not count updates.

@@ -59,6 +59,7 @@ class AttentionCallback(Callback, ABC):
         self.site = site
         self.scope = scope
         self.strict = strict
+        self._key: tuple[Site | str | None, str, str] | None = None
         self._recorder: AttentionRecorder | None = None
         self._guess: Site | None = None
         self._n_observed = 0
@@ -72,8 +73,12 @@ class AttentionCallback(Callback, ABC):
     @property
     @override
     def state_key(self) -> str:
-        site = None if self.site is None else str(as_site(self.site))
-        return self._generate_state_key(site=site, scope=self.scope)
+        # Lightning asks for it at every hook of every step.
+        if self._key is None or self._key[:2] != (self.site, self.scope):
+            site = None if self.site is None else str(as_site(self.site))
+            key = self._generate_state_key(site=site, scope=self.scope)
+            self._key = (self.site, self.scope, key)
+        return self._key[2]
 
     @property
     def module(self) -> LightningModule:

@@ -1,6 +1,6 @@
 """Records what an attention block does while a model runs."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from mil_anchor.attention import log_softmax
 from mil_anchor.sites.base import (
     ModuleCall,
+    PassiveHook,
     RecordedAttention,
     Site,
     map_tensors,
@@ -31,14 +32,21 @@ class CallRecorder:
         only_with_grad: Leave out calls under no_grad (teacher passes, reentrant checkpointing).
         narrow: Keep a copy of an output that is this many times smaller than the input, since
             models mask their scores in place afterwards.
+        unread: Names of submodules whose outputs nobody reads: these are not kept.
     """
 
     def __init__(
-        self, watched: Mapping[str, nn.Module], *, only_with_grad: bool, narrow: int = 1
+        self,
+        watched: Mapping[str, nn.Module],
+        *,
+        only_with_grad: bool,
+        narrow: int = 1,
+        unread: Collection[str] = (),
     ) -> None:
         self.calls: list[ModuleCall] = []
         self._only_with_grad = only_with_grad
         self._narrow = narrow
+        self._unread = frozenset(unread)
         self._recording = False
         self._handles: list[RemovableHandle] = []
         for name, module in watched.items():
@@ -83,17 +91,26 @@ class CallRecorder:
         with_grad = torch.is_grad_enabled()
         if not self._recording or (self._only_with_grad and not with_grad):
             return
-        if any(is_functorch_wrapped_tensor(x) for x in tensors_in((args, kwargs, output))):
+        inputs, outputs = list(tensors_in((args, kwargs))), list(tensors_in(output))
+        if any(is_functorch_wrapped_tensor(x) for x in (*inputs, *outputs)):
             return  # under vmap there is no tensor to keep
-        size = max((x.numel() for x in tensors_in((args, kwargs))), default=0) // self._narrow
-        outputs = list(tensors_in(output))
+        size = max((x.numel() for x in inputs), default=0) // self._narrow
+        # What a block hands through beside its scores is no result, and as large as a bag.
+        # A function of autograd puts out another tensor of the same memory.
+        passed = set() if isinstance(output, Tensor) else {_memory_of(x) for x in inputs}
+
+        def keep(value: Tensor) -> Tensor:
+            is_small = value.numel() <= size and _memory_of(value) not in passed
+            return value.clone() if is_small else value
+
+        kept = None
         # An output in an object of the model's own cannot be looked into.
         if self._narrow > 1 and outputs and not any(x.requires_grad for x in outputs):
             # Of frozen parts, whose tensors nobody keeps, the shapes will do.
             args, kwargs = map_tensors(_shape_of, (args, kwargs))
             kept = map_tensors(lambda x: x.clone() if x.numel() <= size else _shape_of(x), output)
-        else:
-            kept = map_tensors(lambda x: x.clone() if x.numel() <= size else x, output)
+        elif name not in self._unread:
+            kept = map_tensors(keep, output)
         versions = (versions_of((args, kwargs)), versions_of(kept)) if with_grad else None
         self.calls.append(ModuleCall(name, module, args, kwargs, kept, versions))
 
@@ -119,7 +136,8 @@ class AttentionRecorder(CallRecorder):
         self.block = self.site.find_block(root)
         self._watched = self.site.watched(root)
         self._tells_layout = getattr(site, "layout", "") is None
-        super().__init__(self._watched, only_with_grad=only_with_grad)
+        unread = [name for name in self._watched if not self.site.reads_output(name)]
+        super().__init__(self._watched, only_with_grad=only_with_grad, unread=unread)
 
     def replay(self, calls: Iterable[ModuleCall]) -> None:
         """Take over the calls of a recorder that has watched every submodule."""
@@ -149,7 +167,7 @@ class AttentionRecorder(CallRecorder):
         calls, mask, n_bags = self.calls, _batch_mask(batch), n_bags_of(batch)
         self.site = self.site.settled(calls)
         read = [
-            call._replace(scores=call.scores.masked_fill(call.scores <= MASKED, -torch.inf))
+            call._replace(scores=_with_masked(call.scores))
             for call in self.site.read(calls, n_bags)
         ]
         n_read = sum(len(call.scores) for call in read)
@@ -193,7 +211,7 @@ class AttentionRecorder(CallRecorder):
         return dict(zip(ids, attention, strict=True))
 
 
-class _Hook:
+class _Hook(PassiveHook):
     """A forward hook that stays behind when its module is copied or pickled."""
 
     def __init__(self, recorder: CallRecorder, name: str) -> None:
@@ -206,6 +224,17 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _make_idle_hook, ()
+
+
+def _with_masked(scores: Tensor) -> Tensor:
+    """Scores with -inf where the model masks; most models do not, and pay for one look only."""
+    masked = scores.detach() <= MASKED
+    return scores.masked_fill(masked, -torch.inf) if bool(masked.any()) else scores
+
+
+def _memory_of(tensor: Tensor) -> tuple[int, int]:
+    is_dense = tensor.layout == torch.strided  # a sparse adjacency has no memory of its own
+    return tensor.data_ptr() if is_dense else id(tensor), tensor.numel()
 
 
 def _shape_of(tensor: Tensor) -> Tensor:

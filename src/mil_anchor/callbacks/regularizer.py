@@ -174,11 +174,12 @@ class AttentionRegularizer(AttentionCallback):
         with torch.set_grad_enabled(weight > 0):
             try:
                 calls = self.online.take(self._batch)
-                penalties = torch.cat([self.penalty(call).flatten() for call in calls])
+                each = [self.penalty(call).flatten() for call in calls]
             except ValueError as error:
                 ids = batch_entry(self._batch, "bag_id")
                 where = "" if ids is None else f"In the batch of bags {ids}: "
                 raise ValueError(f"{where}{error}") from error
+            penalties = each[0] if len(each) == 1 else torch.cat(each)
             mean = penalties.mean()
         for call in calls:
             self._uniform.add(call.scores, call.mask)

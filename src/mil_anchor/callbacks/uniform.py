@@ -8,8 +8,6 @@ from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from mil_anchor.attention import normalized_entropy
-
 # Entropy / ln N of an epoch from which attention counts as uniform.
 UNIFORM = 0.97
 
@@ -35,13 +33,13 @@ class UniformWatch:
     def __init__(self, what: str) -> None:
         self.what = what
         self._was_below = False
-        self._sums: list[Tensor] = []
-        self._counts: list[Tensor] = []
+        self._entropies: list[Tensor] = []
+        self._n_instances: list[Tensor] = []
 
     def start(self, trainer: Trainer) -> None:
         """A fit begins."""
         self._was_below = False
-        self._sums, self._counts = [], []
+        self._entropies, self._n_instances = [], []
         _warned.discard(trainer)
 
     @torch.no_grad()
@@ -58,10 +56,11 @@ class UniformWatch:
             return
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None], -torch.inf)
-        log_attention = torch.log_softmax(scores.detach().float(), dim=-1)
-        counted = (log_attention > -torch.inf).sum(dim=-1) >= _FEWEST_INSTANCES
-        self._sums.append((normalized_entropy(log_attention) * counted).sum())
-        self._counts.append(counted.sum())
+        # As few kernels as it takes, in every step; the rest waits for the epoch's end.
+        scores = scores.detach().float()
+        entropy = torch.special.entr(scores.softmax(dim=-1)).sum(dim=-1)
+        self._entropies.append(entropy.flatten())
+        self._n_instances.append((scores > -torch.inf).sum(dim=-1).flatten())
 
     def end_epoch(self, trainer: Trainer, mean: float | None = None) -> None:
         """Judge the epoch, and warn if its attention has become uniform.
@@ -71,12 +70,13 @@ class UniformWatch:
             mean: The epoch's mean entropy / ln N over bags of more than two instances; None: that
                 of the scores added. Of several processes, the first one judges its own bags.
         """
-        if self._sums:
-            n_rows = int(torch.stack(self._counts).sum())
-            total = float(torch.stack(self._sums).double().sum())
-            self._sums, self._counts = [], []
-            if mean is None and n_rows:
-                mean = total / n_rows
+        if self._entropies:
+            entropies, n_instances = torch.cat(self._entropies), torch.cat(self._n_instances)
+            self._entropies, self._n_instances = [], []
+            is_counted = n_instances >= _FEWEST_INSTANCES
+            if mean is None and bool(is_counted.any()):
+                normalized = entropies[is_counted].double() / n_instances[is_counted].log()
+                mean = float(normalized.mean())
         if mean is None:
             return
         if mean <= UNIFORM:

@@ -133,6 +133,13 @@ class Site(ABC):
     def rescore(self, block: nn.Module, inputs: Any) -> Float[Tensor, "bag row instance"]:
         """The raw scores that a copy of the block gives on the inputs of a recorded attention."""
 
+    def reads_output(self, name: str) -> bool:  # noqa: ARG002 most sites read all of them
+        """Whether `read` uses what the watched submodule of this name has returned.
+
+        Where it does not, the recorder keeps no copy.
+        """
+        return True
+
     def instances(self, inputs: Any) -> Float[Tensor, "bag instance width"]:  # noqa: ARG002
         """The features of the instances, as the block got them, of a recorded attention.
 
@@ -259,13 +266,14 @@ def joined(prefix: str, path: str) -> str:
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors in nested tuples, lists and mappings, in order."""
+    # Every step walks through every watched call: the usual kinds of containers come first.
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
             yield from tensors_in(item)
 
 
@@ -284,6 +292,10 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         items = [map_tensors(function, item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
+
+
+class PassiveHook:
+    """A forward hook that only looks: the module still puts out what it computes."""
 
 
 def versions_of(inputs: Any) -> tuple[int, ...]:

@@ -16,8 +16,8 @@ from mil_anchor.sites.base import ModuleCall, RecordedAttention, Site, find_subm
 class CriticalInstanceSite(Site):
     """DSMIL's attention: each instance's query times that of the critical instance of a class.
 
-    The scores of class c are ``q(h_i) . q(h_m(c)) / sqrt(d)``. The anchor runs the query network on
-    both, with the online model's critical instances m(c): it does not damp their jumps.
+    The scores of class c are ``q(h_i) . q(h_m(c)) / sqrt(d)``. The anchor takes the online model's
+    critical instances m(c): it does not damp their jumps.
 
     Args:
         query: Path of the query network. It runs twice per forward, on the instances and on the
@@ -81,14 +81,18 @@ class CriticalInstanceSite(Site):
             else:
                 index = _batched(chosen.output).detach().argmax(dim=1)
                 scores = self._products(queried.output, _gather(queried.output, index))
-                critical = _gather(instances, index)
-                read.append(RecordedAttention(scores, None, (instances, critical)))
+                read.append(RecordedAttention(scores, None, (instances, index)))
         return read
 
     @override
     def rescore(self, block: nn.Module, inputs: Any) -> Float[Tensor, "bag row instance"]:
-        instances, critical = inputs
-        return self._products(block(instances), block(critical))
+        if self.classifier is None:
+            instances, critical = inputs
+            return self._products(block(instances), block(critical))
+        # The model gathers these queries: so does its copy, in place of a second pass.
+        instances, index = inputs
+        queries = block(instances)
+        return self._products(queries, _gather(queries, index))
 
     @override
     def instances(self, inputs: Any) -> Float[Tensor, "bag instance width"]:
@@ -98,7 +102,8 @@ class CriticalInstanceSite(Site):
     def _products(self, queries: Tensor, critical: Tensor) -> Float[Tensor, "bag row instance"]:
         queries, critical = _batched(queries), _batched(critical)
         scale = 1 / math.sqrt(queries.shape[-1]) if self.scale is None else self.scale
-        return critical @ queries.mT * scale
+        # In this order the gradient of the queries is contiguous.
+        return (queries @ (critical * scale).mT).mT
 
 
 def _batched(values: Tensor) -> Float[Tensor, "bag instance width"]:

@@ -20,6 +20,7 @@ from mil_anchor.sites.base import (
     find_submodule,
     joined,
 )
+from mil_anchor.sites.class_token import is_plain_linear, row_of, row_without_keys
 from mil_anchor.sites.running import run_until
 
 
@@ -108,18 +109,27 @@ class ClassTokenSite(Site):
             )
         read = []
         for projection, (n_tokens, n_instances) in zip(projections, counts, strict=True):
-            first = projection.output.shape[1] - n_tokens
+            output, (args, _) = projection.output, projection.inputs()
+            first = output.shape[1] - n_tokens
             tokens = slice(first, first + 1 + n_instances)
-            q, k, _ = projection.output[:, tokens].chunk(3, dim=-1)
-            args, _ = projection.inputs()
-            read.append(RecordedAttention(self._row(q[:, :1], k[:, 1:]), None, (args, tokens)))
+            features = projection.features  # with their graph
+            if features is not None and is_plain_linear(projection.module):
+                scores = row_without_keys(projection.module, features, tokens, n_heads=self._heads)
+            else:
+                scores = row_of(output[:, tokens], n_heads=self._heads)
+            read.append(RecordedAttention(scores, None, (args, tokens)))
         return read
 
     @override
     def rescore(self, block: nn.Module, inputs: Any) -> Float[Tensor, "bag row instance"]:
         (features, *_), tokens = inputs
-        q, k, _ = block(features[:, tokens]).chunk(3, dim=-1)
-        return self._row(q[:, :1], k[:, 1:])
+        if is_plain_linear(block):
+            return row_without_keys(block, features, tokens, n_heads=self._heads)
+        return row_of(block(features[:, tokens]), n_heads=self._heads)
+
+    @override
+    def reads_output(self, name: str) -> bool:
+        return name == "qkv"
 
     @override
     def instances(self, inputs: Any) -> Float[Tensor, "bag instance width"]:
@@ -127,11 +137,14 @@ class ClassTokenSite(Site):
         instances: Tensor = features[:, tokens][:, 1:]
         return instances
 
-    def _row(
-        self, query: Float[Tensor, "bag 1 width"], keys: Float[Tensor, "bag instance width"]
-    ) -> Float[Tensor, "bag row instance"]:
-        query, keys = (rearrange(x, "b n (h d) -> b h n d", h=self.heads) for x in (query, keys))
-        return (query @ keys.mT).squeeze(-2) / math.sqrt(query.shape[-1])
+    @property
+    def _heads(self) -> int:
+        if self.heads is None:
+            raise ValueError(
+                f"The number of heads of '{self.qkv}' must be known here. Use the site that "
+                "ClassTokenSite.bound gives, or write heads=."
+            )
+        return self.heads
 
     def _counts(
         self, calls: Sequence[ModuleCall], n_tokens: Sequence[int]
@@ -227,6 +240,10 @@ class MultiheadSite(Site):
         attention = {"attention": find_submodule(block, self.tap)}
         (call,) = run_until(block, attention, args, kwargs, n_calls=1)
         return self._scores(call)
+
+    @override
+    def reads_output(self, name: str) -> bool:
+        return False
 
     @override
     def instances(self, inputs: Any) -> Float[Tensor, "bag instance width"]:

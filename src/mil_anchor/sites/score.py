@@ -155,7 +155,7 @@ class AttentionSite(Site):
         for call, outputs in self._outputs_of_blocks(calls):
             features = call.features
             scores = [self._scores(output, features, n_bags) for output in outputs]
-            rows = torch.cat(scores, dim=1)
+            rows = _joined(scores)
             part = _Part(int(call.name), *call.inputs(), n_bags, (len(rows), rows.shape[-1]))
             read = RecordedAttention(rows, self._mask_of(call, rows), (part,))
             by_block.setdefault(call.name, []).append(read)
@@ -167,11 +167,19 @@ class AttentionSite(Site):
         for part in inputs:
             # A list is never a block itself: it cannot be called.
             own = block[part.block] if isinstance(block, nn.ModuleList) else block
+            if not self.tap:
+                output = own(*part.args, **part.kwargs)
+                scores.append(self._scores(output, part.features, part.n_bags))
+                continue
             taps = {f"{row}": tap for row, (_, tap) in enumerate(find_submodules(own, self.tap))}
             calls = run_until(own, taps, part.args, part.kwargs, n_calls=len(taps))
             outputs = {call.name: call.output for call in calls}
             scores += [self._scores(outputs[name], part.features, part.n_bags) for name in taps]
-        return torch.cat(scores, dim=1)
+        return _joined(scores)
+
+    @override
+    def reads_output(self, name: str) -> bool:
+        return not self.tap or "tap" in name
 
     @override
     def instances(self, inputs: Any) -> Float[Tensor, "bag instance width"]:
@@ -268,6 +276,8 @@ class AttentionSite(Site):
 
 def _as_rows(by_block: list[list[RecordedAttention]]) -> list[RecordedAttention]:
     """Calls of different blocks on the same instances, side by side as rows of one distribution."""
+    if len(by_block) == 1:
+        return by_block[0]
     shapes = [[(len(r.scores), r.scores.shape[-1]) for r in read] for read in by_block]
     if not by_block or any(own != shapes[0] for own in shapes):
         return [read for of_block in by_block for read in of_block]
@@ -279,6 +289,11 @@ def _as_rows(by_block: list[list[RecordedAttention]]) -> list[RecordedAttention]
         )
         for of_call in zip(*by_block, strict=True)
     ]
+
+
+def _joined(scores: list[Tensor]) -> Float[Tensor, "bag row instance"]:
+    """The rows of several scores; one alone needs no copy."""
+    return scores[0] if len(scores) == 1 else torch.cat(scores, dim=1)
 
 
 class _Part(NamedTuple):
