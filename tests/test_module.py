@@ -8,6 +8,7 @@ from torch import nn
 from baselines.clam import CLAMSB
 from mil_anchor.data.bags import Bag
 from mil_anchor.data.datamodule import BagDataModule
+from mil_anchor.metrics import bag_metrics
 from mil_anchor.module import MILModule
 from tests.callbacks.tiny import make_trainer
 
@@ -115,6 +116,74 @@ def test_module__learning_rate__falls_by_a_cosine_to_zero(tmp_path):
     expected = [0.05 * (1 + math.cos(math.pi * step / 24)) for step in range(24)]
     assert seen == pytest.approx(expected, abs=1e-9)
     assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+class PlainAdam(MILModule):
+    """Steps weight by weight, as checkpoints of before were written."""
+
+    def configure_optimizers(self):
+        configured = super().configure_optimizers()
+        for group in configured["optimizer"].param_groups:
+            group["fused"] = False
+        return configured
+
+
+def _fitted(tmp_path, cls, *, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    module = cls(PlainLogits(2), n_classes=2, lr=0.05, weight_decay=0.01)
+    precision = "64-true" if dtype == torch.float64 else "32-true"
+    trainer = make_trainer(tmp_path, max_epochs=3, precision=precision, **options)
+    trainer.fit(module, datamodule=_data())
+    return module, trainer
+
+
+def test_module__fused_adam__steps_as_the_plain_one_does(tmp_path):
+    fused, _ = _fitted(tmp_path / "fused", MILModule)
+    plain, _ = _fitted(tmp_path / "plain", PlainAdam)
+    assert fused.optimizers().param_groups[0]["fused"]
+    assert not plain.optimizers().param_groups[0]["fused"]
+    for weight, expected in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(weight, expected, rtol=1e-10, atol=0)
+
+
+def test_module__checkpoint_of_a_plain_adam__is_continued_by_the_fused_one(tmp_path):
+    _, trainer = _fitted(tmp_path / "plain", PlainAdam)
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    resumed = {}
+    for cls in (MILModule, PlainAdam):
+        module = cls(PlainLogits(2), n_classes=2, lr=0.05, weight_decay=0.01)
+        trainer = make_trainer(tmp_path / cls.__name__, max_epochs=5, precision="64-true")
+        torch.manual_seed(1)  # the order of the bags
+        trainer.fit(module, datamodule=_data(), ckpt_path=tmp_path / "plain.ckpt")
+        assert trainer.global_step == 40
+        resumed[cls] = module
+    assert resumed[MILModule].optimizers().param_groups[0]["fused"]
+    pairs = zip(resumed[MILModule].parameters(), resumed[PlainAdam].parameters(), strict=True)
+    for weight, expected in pairs:
+        assert torch.allclose(weight, expected, rtol=1e-10, atol=0)
+
+
+def test_module__clipped_gradients__are_not_left_to_a_fused_step(tmp_path):
+    module, _ = _fitted(tmp_path, MILModule, gradient_clip_val=0.1)
+    assert not module.optimizers().param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_module__metrics_at_the_end_of_an_epoch__are_those_of_updates_bag_by_bag(
+    tmp_path, batch_size
+):
+    torch.manual_seed(0)
+    module = MILModule(PlainLogits(2), n_classes=2)
+    data = _data(batch_size=batch_size)
+    measured = make_trainer(tmp_path).test(module, datamodule=data, verbose=False)[0]
+    metrics = bag_metrics(2, prefix="test/")
+    module.eval()
+    for bag in data.test_bags:
+        probabilities = module.model(bag.features[None]).softmax(-1)
+        metrics.update(probabilities, torch.tensor([bag.label]))
+    for name, value in metrics.compute().items():
+        assert measured[name] == pytest.approx(float(value), abs=1e-7)
+    assert [row.label for row in module.predictions] == data.test_bags.labels
 
 
 def test_module__validation__logs_the_metrics_and_their_score(tmp_path):

@@ -228,7 +228,8 @@ def _fixed_callbacks(config: DictConfig, folder: Path) -> list[Callback]:
         patience = config.early_stopping
         callbacks.append(EarlyStopping("val/selection", mode="max", patience=patience))
     if config.trainer.get("enable_progress_bar", True):
-        callbacks.append(RichProgressBar())
+        # Lightning's hundred times a second cost as much as many a training step.
+        callbacks.append(RichProgressBar(refresh_rate=10))
     return callbacks
 
 

@@ -17,6 +17,8 @@ from mil_anchor.callbacks.processes import weighted_mean
 from mil_anchor.data.bags import Batch
 from mil_anchor.metrics import bag_metrics
 
+_FUSED_DEVICES = ("cpu", "cuda")
+
 
 class Prediction(NamedTuple):
     """One bag's class probabilities."""
@@ -24,6 +26,14 @@ class Prediction(NamedTuple):
     bag_id: str
     label: int
     probabilities: list[float]
+
+
+class _Evaluated(NamedTuple):
+    """A batch of an evaluation that runs."""
+
+    bag_ids: list[str]
+    labels: Tensor
+    probabilities: Tensor
 
 
 class MILModule(LightningModule):
@@ -64,14 +74,25 @@ class MILModule(LightningModule):
         self.model = model
         self.lr = lr
         self.weight_decay = weight_decay
-        self.predictions: list[Prediction] = []
         self._metrics: dict[str, MetricCollection] = nn.ModuleDict(  # type: ignore[assignment]
             {part: bag_metrics(n_classes, prefix=f"{part}/") for part in ("val", "test")}
         )
         self._losses: dict[str, list[Tensor]] = {"train": [], "val": [], "test": []}
+        self._evaluated: list[_Evaluated] = []
         self._n_bags: dict[str, list[int]] = {"train": [], "val": [], "test": []}
         accepted = inspect.signature(model.forward).parameters
         self._keywords = [name for name in ("mask", "label") if name in accepted]
+
+    @property
+    def predictions(self) -> list[Prediction]:
+        """Those of the last evaluation, or of the one that runs, so far."""
+        return [
+            Prediction(*row)
+            for batch in self._evaluated
+            for row in zip(
+                batch.bag_ids, batch.labels.tolist(), batch.probabilities.tolist(), strict=True
+            )
+        ]
 
     @override
     def forward(self, batch: Batch, *, with_label: bool = False) -> Any:
@@ -95,7 +116,7 @@ class MILModule(LightningModule):
 
     @override
     def on_validation_epoch_start(self) -> None:
-        self.predictions = []
+        self._evaluated = []
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -113,7 +134,7 @@ class MILModule(LightningModule):
 
     @override
     def on_test_epoch_start(self) -> None:
-        self.predictions = []
+        self._evaluated = []
 
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -125,22 +146,35 @@ class MILModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = self._adam()
         n_steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=n_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _adam(self) -> torch.optim.Adam:
+        """Adam as one operation for all weights where torch has it, which it has not everywhere."""
+        fused = (
+            all(parameter.is_floating_point() for parameter in self.parameters())
+            and self.trainer.strategy.root_device.type in _FUSED_DEVICES
+            # Lightning cannot clip gradients that a fused step itself frees of their AMP scale.
+            and not self.trainer.gradient_clip_val
+        )
+        optimizer = torch.optim.Adam(
+            self.parameters(), lr=self.lr, weight_decay=self.weight_decay, fused=fused
+        )
+
+        def keep_fused(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            # A checkpoint, perhaps of another device, says how its own step was made.
+            groups = [group | {"fused": fused} for group in state["param_groups"]]
+            return state | {"param_groups": groups}
+
+        optimizer.register_load_state_dict_pre_hook(keep_fused)
+        return optimizer
+
     def _evaluate(self, part: str, batch: Batch) -> None:
         logits = _logits(self(batch))
         self._keep_loss(part, _bag_loss(logits, batch["label"]), batch)
-        probabilities = _probabilities(logits)
-        self._metrics[part].update(probabilities, batch["label"])
-        self.predictions += [
-            Prediction(*row)
-            for row in zip(
-                batch["bag_id"], batch["label"].tolist(), probabilities.tolist(), strict=True
-            )
-        ]
+        self._evaluated.append(_Evaluated(batch["bag_id"], batch["label"], _probabilities(logits)))
 
     def _keep_loss(self, part: str, loss: Tensor, batch: Batch) -> None:
         self._losses[part].append(loss.detach())
@@ -152,7 +186,12 @@ class MILModule(LightningModule):
         return mean
 
     def _log_metrics(self, part: str) -> dict[str, Tensor]:
+        # At once: an update of the metrics costs as much as a small bag, and a look at a number
+        # makes a GPU wait.
+        labels = torch.cat([batch.labels for batch in self._evaluated])
+        probabilities = torch.cat([batch.probabilities for batch in self._evaluated])
         metrics = self._metrics[part]
+        metrics.update(probabilities, labels)
         values = {**metrics.compute(), f"{part}/loss": self._mean_loss(part)}
         metrics.reset()
         self.log_dict(values)

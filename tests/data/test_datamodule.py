@@ -145,3 +145,12 @@ def test_classic_data_module__constant_columns__are_zero_and_the_rest_has_unit_s
     assert constant.sum() >= {"elephant": 120, "ucsb_breast": 30}[name]
     torch.testing.assert_close(sd[~constant], torch.ones_like(sd[~constant]), atol=1e-4, rtol=0)
     torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-4, rtol=0)
+
+
+def test_transfer__batch_on_the_cpu__is_not_looked_through():
+    data = BagDataModule(_bags(2), _bags(1))
+    batch = next(iter(data.train_dataloader()))
+    assert data.transfer_batch_to_device(batch, torch.device("cpu"), 0) is batch
+    moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert moved["features"].is_meta
+    assert moved["bag_id"] == batch["bag_id"]

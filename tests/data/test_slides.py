@@ -82,6 +82,19 @@ def test_slide_bags__kept__reads_once_and_holds_the_stored_dtype(tmp_path):
     assert budget.used == N_BYTES
 
 
+@pytest.mark.parametrize(("dtype", "once"), [("float32", True), ("float16", False)])
+def test_slide_bags__kept__is_checked_once_where_nothing_is_converted(tmp_path, dtype, once):
+    layouts.write_uni2(tmp_path / "source", "a")
+    repack(open_store(tmp_path / "source"), tmp_path / "a.h5", dtype=dtype, progress=False)
+    store = open_store(tmp_path / "a.h5")
+    kept = SlideBags(store, ["a"], [1], keep=MemoryBudget(keep_in_memory=True))
+    bag = kept[0]
+    assert (kept[0] is bag) == once
+    assert torch.equal(kept[0].features, store.read("a").features)
+    passing = SlideBags(store, ["a"], [1])
+    assert passing[0] is not passing[0]
+
+
 def test_slide_bags__budget_for_two__keeps_two_and_reads_the_rest(tmp_path):
     budget = MemoryBudget(keep_in_memory=(2 * N_BYTES + 10) / 1e9)
     bags, store = _bags(tmp_path, keep=budget)

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from mil_anchor.experiment import register_config, run
 from mil_anchor.sweep.jobs import State, SweepTable
+from mil_anchor.sweep.plan import PlannedJob
 from mil_anchor.sweep.processes import run_jobs
 from tests.composing import ROOT, composed
 from tests.sweep.same import assert_same_result
@@ -70,6 +71,14 @@ def swept(tmp_path, monkeypatch):
     root.handlers, root.level = before  # Hydra sets its own
 
 
+def _noted(method, name, events):
+    def noted(*args, **options):
+        events.append(name)
+        return method(*args, **options)
+
+    return noted
+
+
 def _told(rows, out):
     """Begin, end and arguments of the jobs that ran to their end."""
     return [json.loads((out / row.folder / "told.json").read_text()) for row in rows]
@@ -108,6 +117,18 @@ def test_run_jobs__two_cores__are_divided_between_two_at_once(tmp_path, swept):
         assert {"++trainer.enable_progress_bar=false", "hydra.mode=RUN"} <= set(arguments)
         # This data set's own; without, the job's share.
         assert not any(part.startswith(("threads", "++trainer.devices")) for part in arguments)
+
+
+def test_run_jobs__more_jobs_than_slots__the_first_start_before_all_are_composed(
+    swept, monkeypatch
+):
+    events = []
+    for name in ("__init__", "start"):
+        monkeypatch.setattr(PlannedJob, name, _noted(getattr(PlannedJob, name), name, events))
+    returned, _ = swept(*([f"seed={seed}"] for seed in range(5)))
+    assert [one.status for one in returned] == [JobStatus.COMPLETED] * 5
+    assert events[:5] == ["__init__", "__init__", "start", "start", "__init__"]
+    assert sorted(events) == ["__init__"] * 5 + ["start"] * 5
 
 
 @pytest.mark.parametrize(("n_jobs", "share"), [(1, "threads=2"), (3, "threads=1")])

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import (
@@ -14,7 +15,7 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
-from mil_anchor.data.bags import Bag, BagList, BagSequence, collate_bags
+from mil_anchor.data.bags import Bag, BagList, BagSequence, Batch, collate_bags
 from mil_anchor.data.classic import load_classic
 from mil_anchor.data.splits import stratified_fold
 from mil_anchor.data.standardize import Standardizer
@@ -109,6 +110,16 @@ class BagDataModule(LightningDataModule):
     @override
     def test_dataloader(self) -> DataLoader[Bag]:
         return self._loader(self.test_bags, sampler=None)
+
+    @override
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        # It is there already; Lightning would look at every entry, down to the ids of the bags.
+        if device.type == "cpu":
+            return batch
+        moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return moved
 
     @property
     def parts(self) -> dict[str, BagSequence]:

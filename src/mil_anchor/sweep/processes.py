@@ -5,26 +5,20 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
-from hydra.errors import HydraException
+from hydra.core.utils import JobReturn, configure_log, setup_globals
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
-from mil_anchor.results import METRICS_FILE, read_metrics
-from mil_anchor.run_folder import completed, differing
 from mil_anchor.sweep.job_process import JobProcess
-from mil_anchor.sweep.jobs import Job, State, SweepTable, begun_job, error_of_shared_folder
+from mil_anchor.sweep.jobs import State
+from mil_anchor.sweep.plan import Plan, PlannedJob
 from mil_anchor.sweep.progress import is_grid
-from mil_anchor.sweep.slots import Need, Slot, need_of, slots_for, usable_cores
-from mil_anchor.sweep.task import objective
+from mil_anchor.sweep.slots import Slot, slots_for, usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -71,157 +65,37 @@ def run_jobs(
         )
     setup_globals()
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
-    numbered = enumerate(overrides, start=first)
-    jobs = [_Job(loader, config, list(given), number) for number, given in numbered]
-    first_in: dict[Path, _Job] = {}
-    for job in jobs:
-        if not job.has_ended:
-            job.refuse_if_other(first_in.setdefault(job.folder, job))
-    waiting = [job for job in jobs if not job.has_ended]
-    for need in dict.fromkeys(job.need for job in waiting):
-        alike = [job for job in waiting if job.need == need]
-        slots = slots_for(
-            need,
-            n_jobs=len(alike),
-            n_gpus=torch.cuda.device_count(),
-            n_cores=usable_cores(),
-            at_once=at_once,
-        )
-        log.info("%d of %d jobs to run, %d at once", len(alike), len(jobs), len(slots))
-        _run(alike, slots)
+    plan = Plan(loader, config, overrides=overrides, first=first)
+    while (need := plan.next_need()) is not None:
+        share = partial(slots_for, need, n_gpus=torch.cuda.device_count(), n_cores=usable_cores())
+        alike = plan.waiting[need]
+        # Hydra takes a while to compose a job: the first ones start when each slot has one.
+        n_wanted = len(share(n_jobs=len(overrides), at_once=at_once))
+        while len(alike) < n_wanted and plan.read_on():
+            pass
+        slots = share(n_jobs=len(alike), at_once=at_once)
+        log.info("%d jobs, %d at once", len(overrides), len(slots))
+        _run(alike, slots, plan)
     may_raise = not is_grid(config)
-    return [job.returned(may_raise=may_raise) for job in jobs]
-
-
-class _Job:
-    """A job: its row in ``sweep.csv``, its command, and what comes of it."""
-
-    folder: Path
-    need: Need
-
-    def __init__(
-        self, loader: ConfigLoader, config: DictConfig, overrides: list[str], number: int
-    ) -> None:
-        self.has_ended = False
-        self._overrides = overrides
-        self._value: float | None = None
-        self._error: Exception | None = None
-        self._table = SweepTable(Path(config.hydra.sweep.dir))
-        # Until there is a configuration to name it after.
-        self._row = Job(
-            folder=" ".join(overrides),
-            model="",
-            plugin="",
-            data="",
-            seed=0,
-            fold="",
-            state=State.RUNNING,
-            seconds=0.0,
-            error="",
-            sweep=config.hydra.callbacks.sweep.started,
-        )
-        try:
-            with _as_current(loader.load_sweep_config(config, overrides), number) as own:
-                self._read(own)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            self._fail(error)
-
-    def refuse_if_other(self, first: "_Job") -> None:
-        """Fail unless this is the run that another job makes in the same folder; or skip."""
-        changed = differing(first._resolved, self._resolved)
-        if not changed:
-            self.skip_if_complete()
-            return
-        self._row = self._row._replace(folder=" ".join(self._overrides))  # the other keeps its row
-        self._fail(error_of_shared_folder(self.folder, changed))
-
-    def skip_if_complete(self) -> None:
-        """Look into the folder: is the result there, or another run?"""
-        try:
-            metrics = completed(self.folder, self._resolved)
-        except (ValueError, OSError) as error:
-            self._fail(error)
-            return
-        if metrics is not None:
-            self._succeed(State.SKIPPED, metrics)
-
-    def start(self, slot: Slot) -> JobProcess:
-        """Start its process."""
-        overrides = [*self._command, "++trainer.enable_progress_bar=false"]
-        threads = self._resolved["threads"] or slot.threads
-        if self._resolved["threads"] is None:
-            overrides.append(f"threads={threads}")
-        if slot.gpus is not None:
-            overrides.append(f"++trainer.devices={slot.gpus}".replace(" ", ""))
-        process = JobProcess(overrides, folder=self.folder, threads=threads)
-        self.record(State.RUNNING)
-        return process
-
-    def record(self, state: State, seconds: float = 0.0, error: str = "") -> None:
-        """Write its row."""
-        self._table.record(self._row._replace(state=state, seconds=seconds, error=error))
-
-    def conclude(self, process: JobProcess) -> None:
-        """Record how its process has ended."""
-        error = process.error()
-        if error is None and not (self.folder / METRICS_FILE).exists():
-            error = f"it ended without {METRICS_FILE}"
-        if error is None:
-            self._succeed(State.DONE, read_metrics(self.folder), process.seconds)
-        else:
-            self._fail(RuntimeError(error), process.seconds)
-
-    def returned(self, *, may_raise: bool) -> JobReturn:
-        """What the sweeper is told."""
-        returned = JobReturn(overrides=self._overrides)
-        returned.status = JobStatus.COMPLETED
-        returned.return_value = self._value
-        if may_raise and self._error is not None:
-            returned.status = JobStatus.FAILED
-            returned.return_value = self._error
-        return returned
-
-    def _read(self, config: DictConfig) -> None:
-        hydra = config.hydra
-        task = deepcopy(config)
-        with open_dict(task):
-            del task["hydra"]
-        self._row = begun_job(task, hydra)
-        self._table = SweepTable(Path(hydra.sweep.dir))
-        self.folder = (Path(hydra.sweep.dir) / str(hydra.sweep.subdir)).absolute()
-        self._resolved: dict[str, Any] = OmegaConf.to_container(task, resolve=True)  # type: ignore[assignment]
-        self.need = need_of(self._resolved["trainer"], torch.cuda.device_count())
-        of_hydra = [own for own in hydra.overrides.hydra if not own.startswith("hydra.mode=")]
-        self._command = [*of_hydra, *hydra.overrides.task, f"hydra.job.num={hydra.job.num}"]
-
-    def _succeed(self, state: State, metrics: dict[str, Any], seconds: float = 0.0) -> None:
-        self.has_ended = True
-        self._value = objective(metrics)
-        self.record(state, seconds)
-
-    def _fail(self, error: Exception, seconds: float = 0.0) -> None:
-        self.has_ended = True
-        self._error = error
-        # Hydra leaves what OmegaConf says to the cause of an exception without words.
-        told = error if str(error) else error.__cause__ or error
-        self.record(State.FAILED, seconds, " ".join(str(told).split()))
+    return [job.returned(may_raise=may_raise) for job in plan.jobs]
 
 
 class _Running(NamedTuple):
-    job: _Job
+    job: PlannedJob
     process: JobProcess
     slot: Slot
 
 
-def _run(jobs: Sequence[_Job], slots: Sequence[Slot]) -> None:
-    """Run jobs in these slots until none is left, or until Ctrl-C."""
-    waiting, free = list(jobs), list(slots)
+def _run(waiting: list[PlannedJob], slots: Sequence[Slot], plan: Plan) -> None:
+    """Run jobs in these slots, reading the plan to its end, until none waits, or until Ctrl-C."""
+    free = list(slots)
     running: list[_Running] = []
     recorded_s = time.monotonic()
     with _collected_interrupts() as interrupts:
-        while (waiting or running) and not interrupts:
+        while (waiting or running or plan.read_on()) and not interrupts:
             _fill(free, waiting, running)
-            time.sleep(_LOOK_EVERY_S)
+            if not plan.read_on():
+                time.sleep(_LOOK_EVERY_S)
             free += [one.slot for one in _conclude(running)]
             if time.monotonic() - recorded_s > _RECORD_EVERY_S:
                 recorded_s = time.monotonic()
@@ -232,7 +106,7 @@ def _run(jobs: Sequence[_Job], slots: Sequence[Slot]) -> None:
             raise SystemExit(128 + signal.SIGINT)
 
 
-def _fill(free: list[Slot], waiting: list[_Job], running: list[_Running]) -> None:
+def _fill(free: list[Slot], waiting: list[PlannedJob], running: list[_Running]) -> None:
     """Start waiting jobs in free slots."""
     for job in list(waiting):
         if not free:
@@ -271,21 +145,6 @@ def _stop(running: list[_Running], interrupts: list[int]) -> None:
             one.job.conclude(one.process)
         else:
             one.job.record(State.INTERRUPTED, one.process.seconds)
-
-
-@contextmanager
-def _as_current(config: DictConfig, number: int) -> Iterator[DictConfig]:
-    """Let resolvers see a job's configuration as Hydra's."""
-    current = HydraConfig.instance()
-    before = current.cfg
-    with open_dict(config):
-        config.hydra.job.id = str(number)
-        config.hydra.job.num = number
-    current.set_config(config)
-    try:
-        yield config
-    finally:
-        current.cfg = before
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 import pickle
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -15,6 +16,8 @@ from mil_anchor.data.stores.base import StoredBag
 from mil_anchor.data.stores.packed import PackedStore, is_packed
 from tests.data.stores.memory_store import MemoryStore, assert_same, make_slide, varied_slides
 
+_MAPS = Path("/proc/self/maps")
+
 
 def _pack(folder, slides, *, labels=None, **options):
     source = MemoryStore(folder / "source", slides)
@@ -29,6 +32,15 @@ def _flip_bit(path, dataset, byte):
     content = bytearray(path.read_bytes())
     content[end + byte] ^= 0x40
     path.write_bytes(content)
+
+
+def _mapped_file(tensor):
+    """The file whose pages a tensor's memory is."""
+    for line in _MAPS.read_text().splitlines():
+        start, end = (int(edge, 16) for edge in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            return line.partition("/")[1] + line.partition("/")[2]
+    return ""
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -133,6 +145,38 @@ def test_packed_store__what_is_read__can_be_changed_without_changing_the_file(tm
     for entry in (stored.features, stored.coords.xy, stored.lesion):
         entry.zero_()
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_packed_store__read__is_what_a_copy_holds_and_changes_no_file(tmp_path, dtype):
+    path = _pack(tmp_path, varied_slides(), dtype=dtype)
+    before = path.read_bytes()
+    store = PackedStore(path)
+    for slide_id in store.slide_ids:
+        read, copied = store.read(slide_id).features, store.read_stored(slide_id).features
+        assert read.dtype == torch.float32
+        assert torch.equal(read, copied.float())
+        assert read.data_ptr() % 16 == copied.data_ptr() % 16 == 0
+        read.zero_()
+    assert path.read_bytes() == before
+
+
+def test_packed_store__bag_that_outlives_its_file__stays_as_it_was(tmp_path):
+    slides = {name: make_slide(name, 500, width=64) for name in "ab"}
+    path = _pack(tmp_path, slides, dtype="float32")
+    features = PackedStore(path).read("b").features
+    path.unlink()
+    _pack(tmp_path, {name: make_slide(name, 400, width=64) for name in "ab"}, dtype="float32")
+    assert torch.equal(features, slides["b"].features)
+
+
+@pytest.mark.skipif(not _MAPS.exists(), reason="only Linux tells what is mapped where")
+def test_packed_store__float32_file__is_read_without_a_copy(tmp_path):
+    path = _pack(tmp_path, {"a": make_slide("a", 3000, width=64)}, dtype="float32")
+    store = PackedStore(path)
+    features, kept = store.read("a").features, store.read_stored("a").features
+    assert _mapped_file(features) == str(path)
+    assert _mapped_file(kept) != str(path)
 
 
 def test_packed_store__pickled__is_small_and_reads(tmp_path):

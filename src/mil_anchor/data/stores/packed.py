@@ -29,6 +29,10 @@ ENTRIES = {
     "coverage": np.dtype("float64"),
 }
 
+# Of numpy's own memory. Some products round otherwise elsewhere, and a bag must give the same
+# result whether it is kept in memory or read from the file.
+_ALIGNMENT = 16
+
 INDEX = np.dtype(
     [
         ("start", "i8"),
@@ -79,14 +83,17 @@ class PackedIndex:
         """Positions of the slides in one of the states."""
         return [int(p) for p in np.flatnonzero(np.isin(self.slides["state"], states))]
 
-    def read(self, position: int, *, dtype: str | None = None) -> StoredBag:
-        """The slide at a position, its features in a dtype; None for the file's own."""
+    def read(self, position: int, *, dtype: str | None = None, mapped: bool = False) -> StoredBag:
+        """The slide at a position.
+
+        Args:
+            position: Of the slide.
+            dtype: Of the features; None for the file's own.
+            mapped: Leave features of that dtype in the file, from where the system brings a page
+                when it is looked at. Writing to them changes a private copy.
+        """
         record = self.slides[position]
-        # Mapped anew for every read: nothing to share between processes, nothing that stays.
-        mapped = self._rows("features", self.dtype, record, self.width)
-        # numpy asks the system for huge pages and torch does not: most of the time goes to faults.
-        features = torch.from_numpy(np.empty(mapped.shape, dtype or self.dtype))
-        features.copy_(torch.from_numpy(mapped))
+        features = self._features(record, dtype=np.dtype(dtype or self.dtype), mapped=mapped)
         entries = {
             name: torch.from_numpy(
                 self._rows(name, stored_as, record, *_columns(name)).astype(record[name].decode())
@@ -117,6 +124,15 @@ class PackedIndex:
             )
         return stored
 
+    def _features(self, record: np.void, *, dtype: np.dtype[Any], mapped: bool) -> Tensor:
+        # Mapped anew for every read: nothing to share between processes, nothing that stays.
+        rows = self._rows("features", self.dtype, record, self.width)
+        if mapped and dtype == self.dtype and rows.ctypes.data % _ALIGNMENT == 0:
+            return torch.from_numpy(rows)
+        # numpy asks the system for huge pages and torch does not: most of the time goes to faults.
+        features = torch.from_numpy(np.empty(rows.shape, dtype))
+        return features.copy_(torch.from_numpy(rows))
+
     def _rows(
         self, name: str, dtype: np.dtype[Any], record: np.void, *columns: int
     ) -> NDArray[Any]:
@@ -136,6 +152,10 @@ class PackedStore(Store):
     starts, its size, state, SHA-256, unit and pitch of its coords, and which entries it has.
 
     Features are checked when they are written, so they are not checked again when they are read.
+    What `read` gives of a float32 file is the file itself, mapped into memory: nothing is copied,
+    and a slide that is read stays as it was where the file is replaced or deleted. `read_stored` is
+    always a copy, for what is to be kept in memory. Do not overwrite a file in place, which a copy
+    over it does: a process that looks at a mapped page beyond its end is killed.
 
     Args:
         path: The file.
@@ -177,8 +197,8 @@ class PackedStore(Store):
 
     @override
     def read(self, slide_id: str) -> StoredBag:
-        # Straight from the mapped file to float32: one pass instead of two.
-        return self._index.read(self._position(slide_id), dtype="float32")
+        # Straight from the mapped file to float32: one pass instead of two, and of float32 none.
+        return self._index.read(self._position(slide_id), dtype="float32", mapped=True)
 
     def read_verified(self, slide_id: str) -> StoredBag:
         """As `read_stored`, and compares the slide with its checksum.
