@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo report test check clean
+.PHONY: help setup demo report test check bench clean
 
 help: ## show what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -36,6 +36,13 @@ check: $(READY) ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+bench: $(READY) ## time and memory next to other libraries' models: goals met and missed
+	for script in plugin peers memory growth read_bag loop sweep; do \
+		$(BIN)/python -m benchmarks.$$script || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.modes --device cuda
+	$(BIN)/python -m benchmarks.results
 
 clean: ## remove the environment and all outputs
 	rm -rf .venv outputs

@@ -17,10 +17,10 @@ from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from benchmarks.fitting import step_seconds
+from benchmarks.fitting import SteppedFit
+from benchmarks.timing import cpu_seconds
 from mil_anchor import AnchorCallback, AttentionSite
 from mil_anchor.callbacks.patch import TrainingPatch
 
@@ -79,12 +79,13 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning").setLevel(logging.ERROR)
     bag = (torch.randn(1, chosen.instances, chosen.width), torch.tensor([1]))
-    loader = DataLoader([bag] * chosen.steps, batch_size=None)
     first: dict[str, list[float]] = {name: [] for name in VARIANTS}
     later: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for index in range(chosen.rounds):
         for name in list(VARIANTS)[:: 1 if index % 2 else -1]:
-            seconds = step_seconds(Bags(chosen.width), loader, VARIANTS[name]())
+            torch.manual_seed(0)
+            with SteppedFit(Bags(chosen.width), bag, callbacks=VARIANTS[name]()) as fit:
+                seconds = [cpu_seconds(fit.step) for _ in range(chosen.steps)]
             first[name].append(seconds[0])
             later[name].append(min(seconds[2:]))
     _print(first, later, chosen)

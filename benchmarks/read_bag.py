@@ -1,7 +1,8 @@
 """Is a bag read from the repacked file at least as fast as ``torch.load`` reads one from a .pt?
 
 Every variant ends with a float32 tensor in memory. Process CPU time of one thread, and wall time;
-warm cache, orders A B and B A in turn, minima over rounds. Run: python -m benchmarks.read_bag
+warm cache, orders A B and B A in turn, minima over rounds. A bag that is mapped is in memory when
+every page of it has been looked at. Run: python -m benchmarks.read_bag
 """
 
 import argparse
@@ -10,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import torch
@@ -18,12 +20,25 @@ from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
+from benchmarks.record import machine
 from mil_anchor.data.repack import repack
 from mil_anchor.data.stores.base import BagShape, Store, StoredBag
 from mil_anchor.data.stores.packed import PackedStore
 
 BAGS = ((10_000, 1024), (1000, 384))
 REFERENCE = "torch.load"
+COPY = "copy in memory"
+MAPPED = "packed float32, mapped"
+# Goals by their variants: what is compared with a copy in memory.
+RATIOS = {
+    "read": "packed float32",
+    "read float16": "packed float16",
+    "mapped": MAPPED,
+    "mapped, every page": f"{MAPPED}, every page",
+    "into memory in use": "copy into memory in use",
+}
+# A page of memory holds so many float32.
+_PAGE = 1024
 
 
 class Slides(Store):
@@ -57,13 +72,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    result = {"torch": torch.__version__, "h5py": h5py.__version__, "rounds": chosen.rounds}
+    ratios: dict[str, dict[str, float]] = {}
+    result: dict[str, Any] = {
+        "torch": torch.__version__,
+        "h5py": h5py.__version__,
+        "rounds": chosen.rounds,
+    }
     for n_instances, width in BAGS:
         with tempfile.TemporaryDirectory() as folder:
             variants = _variants(Slides(Path(folder) / "source", n_instances, width))
             rows = _time(variants, rounds=chosen.rounds)
         Console().print(_table(rows, title=f"{n_instances} x {width}"))
-        result[f"{n_instances} x {width}"] = rows
+        size = f"{n_instances} x {width}"
+        result[size] = rows
+        ratios |= {f"{key}, {size}": _ratio(rows, name) for key, name in RATIOS.items()}
+    result |= {"machine": machine(), "ratios": ratios}
     chosen.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
@@ -81,6 +104,12 @@ def _variants(source: Slides) -> dict[str, Callable[[], Tensor]]:
     def load() -> Tensor:
         return torch.load(folder / "bag.pt", weights_only=True)
 
+    def look(bag: Tensor) -> Tensor:
+        bag.view(-1)[::_PAGE].sum()
+        return bag
+
+    in_use = features.clone()
+
     def read_h5(name: str) -> Tensor:
         with h5py.File(folder / f"{name}.h5") as file:
             return torch.from_numpy(file["features"][:])
@@ -89,10 +118,24 @@ def _variants(source: Slides) -> dict[str, Callable[[], Tensor]]:
         REFERENCE: load,
         "torch.load again": load,
         "packed float16": lambda: stores["float16"].read("b").features,
-        "packed float32": lambda: stores["float32"].read("b").features,
+        "packed float32": lambda: stores["float32"].read_stored("b").features,
+        MAPPED: lambda: stores["float32"].read("b").features,
+        f"{MAPPED}, every page": lambda: look(stores["float32"].read("b").features),
         "h5py, CLAM chunks (32, D)": lambda: read_h5("clam"),
         "h5py, TRIDENT chunks (1, D)": lambda: read_h5("trident"),
-        "copy in memory": features.clone,
+        COPY: features.clone,
+        f"{COPY} again": features.clone,
+        "copy into memory in use": lambda: in_use.copy_(features),
+    }
+
+
+def _ratio(rows: dict[str, dict[str, float]], name: str) -> dict[str, float]:
+    """A variant beside a copy in memory, in the form that all scripts share."""
+    copy = rows[COPY]["cpu_ms"]
+    return {
+        "ratio": rows[name]["cpu_ms"] / copy,
+        "control": rows[f"{COPY} again"]["cpu_ms"] / copy,
+        "milliseconds": rows[name]["cpu_ms"],
     }
 
 

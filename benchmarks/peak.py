@@ -1,0 +1,57 @@
+"""The peak memory of a model's training, each in a fresh process."""
+
+import gc
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from benchmarks.models import bag_for, fit_of
+from benchmarks.record import be_quiet
+from benchmarks.resident import in_fresh_process, peak_growth, return_freed_memory
+from mil_anchor import AnchorCallback
+from mil_anchor.data.bags import Batch
+
+MB = 1e6
+N_STEPS = 2
+# Enough to load what a first step loads: kernels, modules.
+N_FIRST = 1000
+
+
+def training_peak(name: str, n_instances: int, *, has_plugin: bool, device: str) -> float:
+    """Megabytes by which two training steps exceed the loaded bag, in a fresh process.
+
+    Gradients and Adam's state are in it, the model's weights too.
+
+    Args:
+        name: The model.
+        n_instances: How many instances the bag has.
+        has_plugin: Whether it trains with the anchor and NSF.
+        device: ``"cpu"`` (the growth of the resident set) or ``"cuda"`` (what torch has allocated).
+    """
+    return in_fresh_process(_train, name, n_instances, has_plugin=has_plugin, device=device)
+
+
+def _train(name: str, n_instances: int, *, has_plugin: bool, device: str) -> float:
+    be_quiet()
+    torch.set_num_threads(1)
+    return_freed_memory()
+    _steps(name, bag_for(name, N_FIRST, device=device), has_plugin=has_plugin, device=device)
+    batch = bag_for(name, n_instances, device=device)
+    work = partial(_steps, name, batch, has_plugin=has_plugin, device=device)
+    return (_cuda_growth(work) if device == "cuda" else peak_growth(work)) / MB
+
+
+def _steps(name: str, batch: Batch, *, has_plugin: bool, device: str) -> None:
+    plugin = [AnchorCallback()] if has_plugin else []
+    with fit_of(name, batch, callbacks=plugin, device=device) as fit:
+        for _ in range(N_STEPS):
+            fit.step()
+
+
+def _cuda_growth(work: Callable[[], object]) -> int:
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,86 @@
+"""Is a step of our models with the plug-in faster than a step of what users have today, bare?
+
+Goals 3 to 6. Our models train with the anchor and NSF, the peers without: torchmil's, MONAI's,
+textbook ABMIL and DSMIL, and TransMIL in its authors' operations; those of one table step in turn,
+and one LightningModule with one Adam trains them all. Where a goal may lie below what exact float32
+can reach, the matrix products of our step alone are timed as well. Run: python -m benchmarks.peers
+"""
+
+import argparse
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from rich.table import Table
+
+from benchmarks.floors import PRODUCTS, floor_of
+from benchmarks.models import bag_for, enter_fit
+from benchmarks.record import arguments, measured, show, start, write
+from benchmarks.timing import CLOCKS, Timings, time_steps
+from mil_anchor import AnchorCallback
+
+# Our model, and its peers: the first is the table's reference.
+ABMIL_1024 = (
+    "ABMIL 1024-512-128",
+    ("torchmil ABMIL 1024-512-128", "textbook ABMIL 1024-512-128", "MONAI MILModel 1024-512-2048"),
+)
+ABMIL_384 = ("ABMIL 384-128-128", ("torchmil ABMIL 384-128-128", "textbook ABMIL 384-128-128"))
+TRANSMIL = ("TransMIL 1024", ("upstream TransMIL 1024", "torchmil TransMIL 1024"))
+TABLES: tuple[tuple[str, Sequence[str], int], ...] = (
+    (*ABMIL_1024, 10_000),
+    (*ABMIL_1024, 1000),
+    (*ABMIL_384, 10_000),
+    (*ABMIL_384, 1000),
+    ("CLAM-SB 1024", ("torchmil CLAM_SB 1024",), 10_000),
+    ("DSMIL 1024", ("torchmil DSMIL 1024", "textbook DSMIL 1024"), 10_000),
+    (*TRANSMIL, 10_000),
+    (*TRANSMIL, 1000),
+)
+
+
+def floor_key(ours: str) -> str:
+    """What the matrix products of our model and its anchor are called."""
+    return f"products of {ours}"
+
+
+def main() -> None:
+    """Time the models and print a table."""
+    chosen = start(arguments(__doc__))
+    ratios: dict[str, dict[str, float]] = {}
+    table = Table(
+        "ours with the plug-in / peer, bare", "tiles", "ours (ms)", "peer (ms)", "ratio", "A/A"
+    )
+    for ours, peers, n_instances in TABLES:
+        timings = _time(ours, peers, n_instances, chosen)
+        pairs = [(ours, peer) for peer in peers]
+        if ours in PRODUCTS:
+            pairs.append((floor_key(ours), peers[0]))
+        for own, peer in pairs:
+            row = measured(timings, own, peer)
+            ratios[f"{own} / {peer}, {n_instances}"] = row
+            milliseconds = (f"{row[key]:.1f}" for key in ("milliseconds", "reference_milliseconds"))
+            table.add_row(
+                f"{own} / {peer}",
+                f"{n_instances:,}",
+                *milliseconds,
+                f"{row['ratio']:.3f}",
+                f"{row['control']:.3f}",
+            )
+    show(table)
+    write("peers", ratios, chosen)
+
+
+def _time(ours: str, peers: Sequence[str], n_instances: int, chosen: argparse.Namespace) -> Timings:
+    batch = bag_for(ours, n_instances, device=chosen.device)
+    with ExitStack() as fits:
+        steps = {}
+        for name in (ours, *peers):
+            plugin = AnchorCallback() if name == ours else None
+            steps[name] = enter_fit(fits, name, batch, plugin=plugin, device=chosen.device)
+        if ours in PRODUCTS:
+            steps[floor_key(ours)] = floor_of(ours, n_instances, device=chosen.device)
+        clock = CLOCKS[chosen.device]
+        return time_steps(steps, reference=peers[0], rounds=chosen.rounds, clock=clock)
+
+
+if __name__ == "__main__":
+    main()
