@@ -8,6 +8,10 @@ from typing_extensions import override
 
 from baselines.fused import can_fuse, fused_gated_scores, fused_projection
 
+# Instances of a batch from which a fused pass is the faster one: in a smaller batch a function of
+# autograd that is written in Python costs more than it saves.
+FEWEST_TO_FUSE = 1500
+
 
 class Projection(nn.Sequential):
     """Makes hidden instances ``h = dropout(relu(W x))`` of features x.
@@ -24,7 +28,7 @@ class Projection(nn.Sequential):
     @override
     def forward(self, features: Float[Tensor, "*axis width"]) -> Float[Tensor, "*axis hidden"]:
         """Returns the hidden instances."""
-        if features.ndim == 3 and can_fuse(self, features):
+        if features.ndim == 3 and _is_large(features) and can_fuse(self, features):
             # Indexing forgets the classes of the parts.
             return fused_projection(features, cast(nn.Linear, self[0]), cast(nn.Dropout, self[2]))
         hidden: Tensor = super().forward(features)  # type: ignore[no-untyped-call]
@@ -83,8 +87,12 @@ class GatedScorer(nn.Module):
         self, features: Float[Tensor, "bag instance width"]
     ) -> tuple[Float[Tensor, "bag instance row"], Float[Tensor, "bag instance width"]]:
         """Returns raw scores, neither masked nor normalised, and the features to be pooled."""
-        if can_fuse(self, features):
+        if _is_large(features) and can_fuse(self, features):
             value, gate = (cast(nn.Linear, factor[0]) for factor in (self.value, self.gate))
             dropouts = (cast(nn.Dropout, factor[2]) for factor in (self.value, self.gate))
             return fused_gated_scores(features, value, gate, self.score, *dropouts)
         return self.score(self.value(features) * self.gate(features)), features
+
+
+def _is_large(features: Float[Tensor, "bag instance width"]) -> bool:
+    return features.shape[0] * features.shape[1] >= FEWEST_TO_FUSE

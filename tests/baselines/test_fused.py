@@ -25,6 +25,7 @@ MODELS = {
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(baselines.fused, "_CHUNK", 4)
+    monkeypatch.setattr(baselines.scorer, "FEWEST_TO_FUSE", 0)
 
 
 def run_plain(function):
@@ -238,6 +239,15 @@ def test_nearest_keep__multiple_of_a_draw__is_exact():
 
 def test_can_fuse__plain_layers_on_the_cpu__may():
     assert can_fuse(scorer_of(), draw(1, 4, 5))
+
+
+def test_scorer__few_instances__run_through_the_layers(monkeypatch):
+    scorer, instances = scorer_of(), draw(2, 7, 5).requires_grad_()
+    fused = type(scorer(instances)[0].grad_fn)
+
+    monkeypatch.setattr(baselines.scorer, "FEWEST_TO_FUSE", 14)
+    assert type(scorer(instances)[0].grad_fn) is fused
+    assert type(scorer(instances[:, :6])[0].grad_fn) is not fused
 
 
 def test_can_fuse__watched_layer__must_run_itself():
