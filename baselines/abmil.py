@@ -74,7 +74,7 @@ class ABMIL(nn.Module):
         )
         check_dropout(dropout)
         self.in_features = in_features
-        self.projection = Projection(in_features, hidden, dropout)
+        self.projection = Projection(nn.Linear(in_features, hidden), nn.ReLU(), nn.Dropout(dropout))
         scorer = GatedScorer if gated else TanhScorer
         self.normalization = normalization
         self.attention = normalized_scorer(

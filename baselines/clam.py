@@ -43,7 +43,7 @@ class _CLAM(nn.Module):
         self.n_classes = n_classes
         self.k_sample = k_sample
         self.subtyping = subtyping
-        self.projection = Projection(in_features, hidden, dropout)
+        self.projection = Projection(nn.Linear(in_features, hidden), nn.ReLU(), nn.Dropout(dropout))
         n_rows = self._count_rows(n_classes)
         scorer = GatedScorer(hidden, attention_width, n_rows, dropout=dropout)
         self.normalization = normalization

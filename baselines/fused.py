@@ -5,7 +5,9 @@ plain layers, which stay the documentation and run wherever `can_fuse` says no.
 """
 
 import math
+import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,14 +26,16 @@ def can_fuse(module: nn.Module, features: Tensor) -> bool:
     Args:
         module: What holds the layers. One that is watched by a hook, or that is no longer PyTorch's
             own (a parametrization, an adapter), has to run by itself.
-        features: Its input. Outside the CPU, in low precision, under autocast, ``torch.compile``
-            and transforms such as vmap the plain layers are as good, or the only ones that work.
+        features: Its input. Outside the CPU, in low precision, under autocast, ``torch.compile``,
+            tracing and transforms such as vmap the plain layers are as good, or the only ones that
+            work.
     """
     return (
         features.device.type == "cpu"
         and features.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
         and not any(_is_special(part) for part in module.modules() if part is not module)
     )
@@ -159,7 +163,9 @@ class _GatedScores(torch.autograd.Function):
         ctx.keep = keep
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(flat, value, gate, weight, sigmoids, kept)
-        return scores.view(*instances.shape[:2], -1), instances
+        # No view, so that whoever gets the scores may change them in place.
+        shape = (*instances.shape[:2], scores.shape[1])
+        return torch.ops.aten._unsafe_view(scores, shape), instances
 
     @staticmethod
     @once_differentiable
@@ -203,6 +209,21 @@ class _GatedScores(torch.autograd.Function):
             of_rows.sum(0),
             None,
         )
+
+
+class _Watched(torch.autograd.Function):
+    """Tells who holds a gradient that comes to it as the ones above get theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, found: list[tuple[int, ...]]) -> Tensor:
+        ctx.found = found
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.found.append(_received(gradient))
+        return gradient, None
 
 
 def _gated_scores(
@@ -264,10 +285,32 @@ def _add_product(into: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -
 
 def _taken_over(gradient: Tensor) -> Tensor:
     """The gradient, to be overwritten: itself if nobody else can see it, else a copy."""
-    is_own = _n_owners(gradient) == 1 and not gradient._is_view() and gradient.is_contiguous()
-    return gradient if is_own else gradient.clone(memory_format=torch.contiguous_format)
+    is_whole = not gradient._is_view() and gradient.is_contiguous()
+    if is_whole and _holders(gradient) == _holders_of_own():
+        return gradient
+    return gradient.clone(memory_format=torch.contiguous_format)
 
 
-def _n_owners(tensor: Tensor) -> int:
-    # Older releases of torch do not tell.
-    return int(tensor._use_count()) if hasattr(tensor, "_use_count") else 2
+def _holders(gradient: Tensor) -> tuple[int, ...]:
+    """Counts who holds the tensor in torch and in Python (a hook may keep it), and its memory."""
+    n_owners = getattr(gradient, "_use_count", int)()
+    memory = gradient.untyped_storage()._cdata
+    return n_owners, sys.getrefcount(gradient), torch._C._storage_Use_Count(memory)
+
+
+@cache
+def _holders_of_own() -> tuple[int, ...]:
+    """What `_taken_over` counts for a gradient that nobody else holds; each Python has its own."""
+    if not hasattr(Tensor, "_use_count"):
+        return ()  # Older releases of torch do not tell.
+    found: list[tuple[int, ...]] = []
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        values = torch.zeros(1, device="cpu", requires_grad=True)
+        watched = _Watched.apply(values, found)  # type: ignore[no-untyped-call]
+        torch.autograd.grad(watched.square().sum(), values)
+    return found[0]
+
+
+def _received(gradient: Tensor) -> tuple[int, ...]:
+    # Called like `_taken_over`, which is one holder more.
+    return _holders(gradient)

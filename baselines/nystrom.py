@@ -28,10 +28,11 @@ def pseudo_inverse_times(
     """Multiplies columns by an approximate Moore-Penrose inverse, made of matrix products alone.
 
     The inverse is the last of ``Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4``, from
-    ``Z_0 = A^T / (|A|_1 |A|_inf)``. With the residual ``E = I - A Z`` one such step reads
-    ``Z <- Z (I + E + E^2 + E^3 / 4)`` and ``E <- E^2 (3 E + E^2) / 4``: two products of matrices
-    instead of four, and Z itself is never formed. All E are symmetric and commute, so that the
-    columns may meet them in any order, for the transposed inverse as well.
+    ``Z_0 = A^T / (|A|_1 |A|_inf)``. With ``P = A Z`` one such step reads
+    ``Z <- Z (13 I - 15 P + P^2 (7 I - P)) / 4`` and ``P <- (13 P - 15 P^2 + P^2 (7 P - P^2)) / 4``:
+    two products of matrices instead of four, and Z itself is never formed. All P are symmetric and
+    commute, so that the columns may meet them in any order, for the transposed inverse as well.
+    P keeps its small eigenvalues in float32, which ``I - P`` would lose.
 
     Args:
         matrix: A.
@@ -43,7 +44,7 @@ def pseudo_inverse_times(
     implementation that TransMIL uses; there it serves the whole batch, so that the result of a bag
     depends on its neighbours.
     """
-    # In half precision the residual of a small eigenvalue would be one.
+    # Half precision would lose the small eigenvalues.
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     with torch.autocast(matrix.device.type, enabled=False):
         product = _pseudo_inverse_times(
@@ -227,19 +228,20 @@ def _pseudo_inverse_times(
     norm_1 = magnitude.sum(dim=-2).amax(dim=(1, 2))
     norm_inf = magnitude.sum(dim=-1).amax(dim=(1, 2))
     start = (matrix.mT / (norm_1 * norm_inf)[:, None, None, None]).flatten(0, 1)
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    residual = torch.baddbmm(identity, matrix.flatten(0, 1), start, alpha=-1)
+    power = matrix.flatten(0, 1) @ start
     product = columns.flatten(0, 1)
     if transposed:
         product = start.mT @ product
-    for _ in range(n_iterations - 1):
-        square = residual @ residual
-        once = residual @ product
-        product = torch.baddbmm(product + once, square, product.add(once, alpha=0.25))
-        residual = square @ residual.lerp(square, 0.25)
-    # In the last step even the square would be more work than a third product with the columns.
-    once = residual @ product
-    product = product + once + residual @ once.add(residual @ once, alpha=0.25)
+    for index in range(n_iterations):
+        once = power @ product
+        if index == n_iterations - 1:
+            # Here the square would be more work than a third product with the columns.
+            twice = power @ (power @ (7 * product - once))
+        else:
+            square = power @ power
+            twice = square @ (7 * product - once)
+            power = (13 * power - 15 * square).baddbmm_(square, 7 * power - square) / 4
+        product = (13 * product - 15 * once + twice) / 4
     return (product if transposed else start @ product).view_as(columns)
 
 

@@ -11,24 +11,25 @@ from baselines.fused import can_fuse, fused_gated_scores, fused_projection
 # Instances of a batch from which a fused pass is the faster one: in a smaller batch a function of
 # autograd that is written in Python costs more than it saves.
 FEWEST_TO_FUSE = 1500
+_GATED_PARTS = (
+    *(nn.Sequential, nn.Linear, nn.Tanh, nn.Dropout),
+    *(nn.Sequential, nn.Linear, nn.Sigmoid, nn.Dropout),
+    nn.Linear,
+)
 
 
 class Projection(nn.Sequential):
     """Makes hidden instances ``h = dropout(relu(W x))`` of features x.
 
     Args:
-        in_features: Width of the features.
-        hidden: Rows of W.
-        dropout: Probability of dropping an entry of h.
+        layers: The linear layer W, the ReLU and the dropout.
     """
-
-    def __init__(self, in_features: int, hidden: int, dropout: float) -> None:
-        super().__init__(nn.Linear(in_features, hidden), nn.ReLU(), nn.Dropout(dropout))
 
     @override
     def forward(self, features: Float[Tensor, "*axis width"]) -> Float[Tensor, "*axis hidden"]:
         """Returns the hidden instances."""
-        if features.ndim == 3 and _is_large(features) and can_fuse(self, features):
+        may_fuse = features.ndim == 3 and _is_large(features) and can_fuse(self, features)
+        if may_fuse and _is_as_built(self, nn.Linear, nn.ReLU, nn.Dropout):
             # Indexing forgets the classes of the parts.
             return fused_projection(features, cast(nn.Linear, self[0]), cast(nn.Dropout, self[2]))
         hidden: Tensor = super().forward(features)  # type: ignore[no-untyped-call]
@@ -87,7 +88,8 @@ class GatedScorer(nn.Module):
         self, features: Float[Tensor, "bag instance width"]
     ) -> tuple[Float[Tensor, "bag instance row"], Float[Tensor, "bag instance width"]]:
         """Returns raw scores, neither masked nor normalised, and the features to be pooled."""
-        if _is_large(features) and can_fuse(self, features):
+        may_fuse = _is_large(features) and can_fuse(self, features)
+        if may_fuse and _is_as_built(self, *_GATED_PARTS):
             value, gate = (cast(nn.Linear, factor[0]) for factor in (self.value, self.gate))
             dropouts = (cast(nn.Dropout, factor[2]) for factor in (self.value, self.gate))
             return fused_gated_scores(features, value, gate, self.score, *dropouts)
@@ -96,3 +98,10 @@ class GatedScorer(nn.Module):
 
 def _is_large(features: Float[Tensor, "bag instance width"]) -> bool:
     return features.shape[0] * features.shape[1] >= FEWEST_TO_FUSE
+
+
+def _is_as_built(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether nobody has put another layer in place of one, added one, or left out a bias."""
+    parts = list(module.modules())[1:]
+    has_biases = all(part.bias is not None for part in parts if isinstance(part, nn.Linear))
+    return has_biases and [type(part) for part in parts] == list(kinds)

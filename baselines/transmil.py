@@ -64,7 +64,9 @@ class PPEG(nn.Module):
         kernels = [F.pad(c.weight, 4 * (half - c.padding[0],)) for c in convolutions]
         identity = torch.zeros_like(kernels[0])
         identity[:, :, half, half] = 1
-        return sum(kernels, start=identity), torch.stack([c.bias for c in convolutions]).sum(dim=0)
+        # The gradients of stacked biases would share their memory: accumulated, they would triple.
+        first, *others = (c.bias for c in convolutions)
+        return sum(kernels, start=identity), sum(others, start=first)
 
 
 class TransMIL(nn.Module):

@@ -9,6 +9,7 @@ import hydra
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from benchmarks.results import speed
 from docs.pages import fill
 from mil_anchor.composition import plugin_parts
 from mil_anchor.sites.known import KNOWN_MODELS
@@ -153,6 +154,7 @@ PARTS = {
     "supported": supported,
     "reading": reading,
     "memory": memory,
+    "speed": speed,
 }
 
 

@@ -408,6 +408,21 @@ def test_anchor__bf16__runs_in_bfloat16_and_keeps_its_tensors(dtype):
         assert anchor.state_dict()[name].dtype == tensor.dtype
 
 
+def test_anchor__bf16_beside_coordinates__leaves_them_exact():
+    class Near(nn.Linear):
+        def forward(self, features, coords):
+            near = torch.cdist(coords, coords) < 300
+            return super().forward(features) + near.sum(dim=-1, keepdim=True)
+
+    block = Near(8, 1)
+    ticks = 60_000 + 224 * torch.arange(10.0)
+    features, coords = torch.randn(100, 8), torch.cartesian_prod(ticks, ticks)
+
+    scores = Anchor(block, precision="bf16")(features, coords)
+
+    assert torch.allclose(scores.float(), block(features, coords), atol=0.1)
+
+
 def test_anchor__bf16_of_a_float64_block__is_refused():
     with pytest.raises(ValueError, match=r"must have an attention block of float32 or less"):
         Anchor(nn.Linear(2, 1).double(), precision="bf16")
@@ -422,6 +437,16 @@ def test_anchor__float32_under_autocast__runs_in_float32():
         scores = anchor(features)
 
     assert torch.equal(scores, expected)
+
+
+def test_anchor__mirror_moved_with_its_block__runs_where_it_is_now():
+    block = nn.Linear(4, 1)
+    anchor = Anchor(block)
+    block.double()
+    anchor.block.double()
+    features = torch.randn(3, 4, dtype=torch.float64)
+
+    assert torch.equal(anchor(features), block(features))
 
 
 def test_anchor__saved_and_loaded__is_the_same():

@@ -100,9 +100,7 @@ class Anchor:
             tensor.data = tensor.data.to(_anchor_dtype(tensor))
         if start == "random":
             _initialize(self.block)
-        # Asked for in every step.
-        self._place = _place_of(self.block)
-        if precision == "bf16" and self._place[1] == torch.float64:
+        if precision == "bf16" and _place_of(self.block)[1] == torch.float64:
             raise ValueError(
                 "precision='bf16' must have an attention block of float32 or less, since autocast "
                 "leaves float64 alone, but this one is float64. Use 'float32'."
@@ -114,13 +112,19 @@ class Anchor:
     @torch.no_grad()
     def apply(self, function: Callable[[nn.Module, Any], Result], inputs: Any) -> Result:
         """``function(mirror, inputs)`` with the inputs detached and in the mirror's precision."""
-        device, dtype = self._place
-        if self.precision == "bf16":
-            dtype = torch.bfloat16  # once here, and not for each layer that reads the inputs
+        device, dtype = _place_of(self.block)
+        is_bf16 = self.precision == "bf16"
+        largest = max((x.numel() for x in tensors_in(inputs)), default=0) if is_bf16 else 0
 
         def cast(value: Tensor) -> Tensor:
             value = value.detach()
-            return value if dtype is None or not value.is_floating_point() else value.to(dtype)
+            if not value.is_floating_point():
+                return value
+            # The features: once here, and not for each layer that reads them. What stands beside
+            # them may be coordinates, of which bfloat16 leaves nothing.
+            if is_bf16 and value.numel() == largest:
+                return value.to(torch.bfloat16)
+            return value if dtype is None else value.to(dtype)
 
         # Some blocks draw random numbers in eval mode, too: the model must not miss them.
         forked = torch.random.fork_rng([device] if device.type == "cuda" else [])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import baselines.fused
 import baselines.scorer
@@ -42,6 +43,10 @@ def draw(*shape, seed=0):
 def scorer_of(n_rows=1, *, dropout=0.0, seed=0):
     torch.manual_seed(seed)
     return GatedScorer(5, 3, n_rows, dropout=dropout).double()
+
+
+def projection_of(dropout):
+    return Projection(nn.Linear(6, 5), nn.ReLU(), nn.Dropout(dropout))
 
 
 def gradients(outputs, inputs, *, seed=0):
@@ -101,6 +106,44 @@ def test_gated_scorer__gradient_that_others_hold__is_not_overwritten():
     assert_same(gradient(), run_plain(gradient))
 
 
+KEEPERS = [lambda g: g, lambda g: g.detach(), lambda g: g.numpy(), lambda g: g[0]]
+
+
+@pytest.mark.parametrize("keep", KEEPERS)
+def test_gated_scorer__gradient_that_a_hook_keeps__is_not_overwritten(keep):
+    scorer, instances, kept = scorer_of(), draw(1, 7, 5).requires_grad_(), []
+    weights = draw(1, 1, 7)
+    scores, handed_on = scorer(instances)
+    handed_on.register_hook(lambda gradient: kept.append(keep(gradient)))
+
+    (scores.sum() + torch.bmm(weights, handed_on).sum()).backward()
+
+    expected = weights.transpose(1, 2).expand(1, 7, 5)
+    assert_same(torch.as_tensor(kept[0]).view(-1, 7, 5), expected)
+
+
+def test_gated_scorer__backward_hook__keeps_the_gradients_that_it_was_shown():
+    def shown():
+        scorer, seen = scorer_of(), []
+        scorer.register_full_backward_hook(lambda _, inner, outer: seen.extend([*inner, *outer]))
+        scores, handed_on = scorer(draw(1, 7, 5).requires_grad_())
+        (scores.softmax(dim=1) * handed_on).sum(dim=1).square().sum().backward()
+        return seen
+
+    assert_same(shown(), run_plain(shown))
+
+
+def test_gated_scorer__scores_changed_in_place__have_the_gradient_of_the_change():
+    scorer, instances = scorer_of(), draw(1, 7, 5).requires_grad_()
+    weights = list(scorer.parameters())
+
+    scores, _ = scorer(instances)
+    doubled = torch.autograd.grad(scores.mul_(2).sum(), weights)
+
+    plain = torch.autograd.grad(2 * scorer(instances)[0].sum(), weights)
+    assert_same(doubled, plain)
+
+
 def test_gated_scorer__gradient_of_nobody_else__is_added_to_in_place():
     scorer, instances = scorer_of(), draw(1, 7, 5).requires_grad_()
     scores, handed_on = scorer(instances)
@@ -154,7 +197,7 @@ def test_gated_scorer__dropout__is_that_of_both_factors():
 @LAWS
 def test_projection__any_instances__gives_values_and_gradients_of_its_layers(n_instances, seed):
     torch.manual_seed(seed)
-    projection = Projection(6, 5, 0.0).double()
+    projection = projection_of(0.0).double()
     features = draw(2, n_instances, 6, seed=seed).requires_grad_()
     inputs = [features, *projection.parameters()]
 
@@ -166,7 +209,7 @@ def test_projection__any_instances__gives_values_and_gradients_of_its_layers(n_i
 
 def test_projection__dropout__drops_after_the_relu():
     torch.manual_seed(0)
-    projection, features = Projection(6, 5, 0.25).double(), draw(1, 4, 6).requires_grad_()
+    projection, features = projection_of(0.25).double(), draw(1, 4, 6).requires_grad_()
     inputs = [features, *projection.parameters()]
     torch.manual_seed(1)
     fused = projection(features)
@@ -179,12 +222,26 @@ def test_projection__dropout__drops_after_the_relu():
 
 def test_projection__gradient_that_others_hold__is_not_overwritten():
     torch.manual_seed(0)
-    projection, features = Projection(6, 5, 0.0).double(), draw(1, 4, 6)
+    projection, features = projection_of(0.0).double(), draw(1, 4, 6)
     kept = torch.ones(1, 4, 5).double()
 
     projection(features).backward(kept)
 
     assert (kept == 1).all()
+
+
+@pytest.mark.parametrize("keep", KEEPERS)
+def test_projection__gradient_that_a_hook_keeps__is_not_overwritten(keep):
+    torch.manual_seed(0)
+    projection, kept = projection_of(0.0).double(), []
+    hidden, weights = projection(draw(1, 4, 6)), draw(1, 1, 4)
+    hidden.register_hook(lambda gradient: kept.append(keep(gradient)))
+
+    torch.bmm(weights, hidden).sum().backward()
+
+    assert (hidden == 0).any()
+    expected = weights.transpose(1, 2).expand(1, 4, 5)
+    assert_same(torch.as_tensor(kept[0]).view(-1, 4, 5), expected)
 
 
 @pytest.mark.parametrize("normalization", ["softmax", "nsf", "mixture"])
@@ -237,6 +294,11 @@ def test_nearest_keep__multiple_of_a_draw__is_exact():
     assert nearest_keep(0.75**2) == 0.75**2
 
 
+def test_projection__without_its_dropout__is_a_projection_of_the_same_layers():
+    projection, features = projection_of(0.0).double(), draw(1, 4, 6)
+    torch.testing.assert_close(projection[:2](features), projection(features))
+
+
 def test_can_fuse__plain_layers_on_the_cpu__may():
     assert can_fuse(scorer_of(), draw(1, 4, 5))
 
@@ -265,6 +327,43 @@ def test_can_fuse__parametrized_layer__must_run_itself():
 
     assert not can_fuse(scorer, instances)
     assert scorer(instances)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda scorer: scorer.value.__setitem__(1, nn.ReLU()),
+        lambda scorer: scorer.gate.append(nn.Tanh()),
+        lambda scorer: scorer.gate.__setitem__(2, nn.Identity()),
+        lambda scorer: scorer.value.__setitem__(0, nn.Linear(5, 3, bias=False).double()),
+        lambda scorer: setattr(scorer, "value", nn.Linear(5, 3).double()),
+        lambda scorer: setattr(scorer, "score", nn.Linear(3, 1, bias=False).double()),
+    ],
+)
+def test_gated_scorer__layer_in_place_of_another__is_run(change):
+    scorer, instances = scorer_of(), draw(1, 4, 5)
+    change(scorer)
+
+    assert_same(scorer(instances), run_plain(lambda: scorer(instances)))
+
+
+def test_projection__one_layer_more__is_run():
+    projection, features = projection_of(0.0).double().append(nn.Tanh()), draw(1, 4, 6)
+
+    assert_same(projection(features), run_plain(lambda: projection(features)))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+def test_can_fuse__tracing__may_not():
+    scorer, found = scorer_of(), []
+
+    def traced(instances):
+        found.append(can_fuse(scorer, instances))
+        return 2 * instances
+
+    torch.jit.trace(traced, draw(1, 4, 5), check_trace=False)
+
+    assert found == [False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

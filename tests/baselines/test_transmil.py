@@ -130,3 +130,18 @@ def test_transmil__last_layer__keeps_the_names_of_its_weights():
         "layers.1.attention.output.0.weight",
         "layers.1.attention.output.0.bias",
     ]
+
+
+def test_transmil__gradients_of_two_bags_accumulated__are_the_sum_of_both():
+    torch.manual_seed(0)
+    model = TransMIL(6, 2, hidden=16, n_heads=4, dropout=0.0).double()
+    loss = model(torch.randn(1, 9, 6).double()).logits.square().sum()
+    parameters = list(model.parameters())
+    once = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+    for parameter, gradient in zip(parameters, once, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(parameter.grad, 2 * gradient)

@@ -143,6 +143,30 @@ def test_class_token_site__projection_that_is_more_than_linear__is_read_as_it_pu
     assert torch.allclose(attention.scores, expected, rtol=1e-10)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_class_token_site__autocast_of_the_models_own__gives_the_row_with_keys(bias):
+    class Autocast(Squared):
+        def forward(self, features):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                x = self.embed(features)
+                x = torch.cat([self.token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+                return self.attention(x)[:, 0]
+
+    site, batch = ClassTokenSite("attention.qkv", squared=False), {"features": bag(2, 7)}
+    scores, gradients = [], []
+    for make in (nn.Linear, Wrapped):
+        torch.manual_seed(0)
+        model = Autocast()
+        model.attention.qkv = make(8, 24, bias=bias)
+        (attention,), _ = read(model, site, batch)
+        attention.scores.square().sum().backward()
+        scores.append(attention.scores.float())
+        gradients.append(model.attention.qkv.weight.grad)
+
+    assert torch.allclose(*scores, rtol=0.05, atol=0.01)
+    assert torch.allclose(*gradients, rtol=0.05, atol=0.05)
+
+
 def test_class_token_site__global_hook__is_respected():
     torch.manual_seed(0)
     model, features = Squared().double(), bag(1, 7).double()

@@ -39,8 +39,9 @@ def row_without_keys(
         tokens: The class token and the instances behind it.
         n_heads: Number of heads.
     """
-    w_q, w_k, _ = qkv.weight.chunk(3)
-    b_q, b_k, _ = (None,) * 3 if qkv.bias is None else qkv.bias.chunk(3)
+    # A model may have opened an autocast of its own, which is over now.
+    w_q, w_k, _ = qkv.weight.to(features.dtype).chunk(3)
+    b_q, b_k, _ = (None,) * 3 if qkv.bias is None else qkv.bias.to(features.dtype).chunk(3)
     token = features[:, tokens.start : tokens.start + 1]
     query = rearrange(F.linear(token, w_q, b_q), "b 1 (h d) -> b h 1 d", h=n_heads)
     query = query / math.sqrt(query.shape[-1])
