@@ -93,7 +93,7 @@ def _floor(number: int, ours: str, peer: str, *, tiles: int = 10_000) -> Goal:
 _ABMIL, _ABMIL_384 = "ABMIL 1024-512-128", "ABMIL 384-128-128"
 _CLAM, _TRANSMIL, _DSMIL = "CLAM-SB 1024", "TransMIL 1024", "DSMIL 1024"
 _UPSTREAM = "upstream TransMIL 1024"
-_GROWING = (_ABMIL, _CLAM, _TRANSMIL, _DSMIL, "ASMIL 1024")
+_GROWING = (_ABMIL, _CLAM, _TRANSMIL, _DSMIL)
 _WITH_MEMORY = (
     *(_ABMIL, _ABMIL_384, _CLAM, _TRANSMIL, _DSMIL, "ASMIL 1024"),
     *(f"torchmil {name}" for name in (_ABMIL, _TRANSMIL)),

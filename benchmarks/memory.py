@@ -7,7 +7,7 @@ peak, with weights, gradients and Adam's state. Run: python -m benchmarks.memory
 from rich.table import Table
 
 from benchmarks.models import OURS
-from benchmarks.peak import training_peak
+from benchmarks.peak import TrainingRun, training_peaks
 from benchmarks.record import arguments, show, start, write
 
 N_INSTANCES = 10_000
@@ -23,15 +23,19 @@ PAIRS = (
 def main() -> None:
     """Measure and print a table."""
     chosen = start(arguments(__doc__, rounds=1))
-    bare: dict[str, float] = {}
-    controls: dict[str, float] = {}
-    plugin: dict[str, float] = {}
-    for name in dict.fromkeys([*MODELS, *(peer for _, peer in PAIRS)]):
-        bare[name] = _peak(name, chosen.rounds, has_plugin=False, device=chosen.device)
-        again = _peak(name, chosen.rounds, has_plugin=False, device=chosen.device)
-        controls[name] = again / bare[name]
-        if name in MODELS:
-            plugin[name] = _peak(name, chosen.rounds, has_plugin=True, device=chosen.device)
+    names = list(dict.fromkeys([*MODELS, *(peer for _, peer in PAIRS)]))
+    runs = [TrainingRun(name, N_INSTANCES, has_plugin=False) for name in names]
+    with_plugin = [TrainingRun(name, N_INSTANCES, has_plugin=True) for name in MODELS]
+    found = [
+        training_peaks([*runs, *runs, *with_plugin], device=chosen.device)
+        for _ in range(chosen.rounds)
+    ]
+    peaks = [min(of_run) for of_run in zip(*found, strict=True)]
+    bare = dict(zip(names, peaks, strict=False))
+    controls = {
+        name: again / bare[name] for name, again in zip(names, peaks[len(names) :], strict=False)
+    }
+    plugin = dict(zip(MODELS, peaks[2 * len(names) :], strict=True))
     ratios = {
         f"{name}, plug-in": _measured(plugin[name], bare[name], controls[name]) for name in MODELS
     }
@@ -45,14 +49,6 @@ def main() -> None:
         table.add_row(key, *megabytes, f"{row['ratio']:.3f}", f"{row['control']:.3f}")
     show(table)
     write("memory", ratios, chosen, instances=N_INSTANCES)
-
-
-def _peak(name: str, rounds: int, *, has_plugin: bool, device: str) -> float:
-    peaks = [
-        training_peak(name, N_INSTANCES, has_plugin=has_plugin, device=device)
-        for _ in range(rounds)
-    ]
-    return min(peaks)
 
 
 def _measured(megabytes: float, reference: float, control: float) -> dict[str, float]:

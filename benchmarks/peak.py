@@ -1,8 +1,10 @@
 """The peak memory of a model's training, each in a fresh process."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -16,23 +18,33 @@ MB = 1e6
 N_STEPS = 2
 # Enough to load what a first step loads: kernels, modules.
 N_FIRST = 1000
+_AT_ONCE = 2
 
 
-def training_peak(name: str, n_instances: int, *, has_plugin: bool, device: str) -> float:
-    """Megabytes by which two training steps exceed the loaded bag, in a fresh process.
+class TrainingRun(NamedTuple):
+    """What is trained: a model, on a bag of so many instances, with or without anchor and NSF."""
+
+    model: str
+    n_instances: int
+    has_plugin: bool
+
+
+def training_peaks(runs: Sequence[TrainingRun], *, device: str) -> list[float]:
+    """Megabytes by which two training steps exceed the loaded bag, each run in a fresh process.
 
     Gradients and Adam's state are in it, the model's weights too.
 
     Args:
-        name: The model.
-        n_instances: How many instances the bag has.
-        has_plugin: Whether it trains with the anchor and NSF.
+        runs: What is trained; on a CPU two at a time, which share no memory.
         device: ``"cpu"`` (the growth of the resident set) or ``"cuda"`` (what torch has allocated).
     """
-    return in_fresh_process(_train, name, n_instances, has_plugin=has_plugin, device=device)
+    peak_of = partial(in_fresh_process, _train, device=device)
+    with ThreadPoolExecutor(_AT_ONCE if device == "cpu" else 1) as pool:
+        return list(pool.map(peak_of, runs))
 
 
-def _train(name: str, n_instances: int, *, has_plugin: bool, device: str) -> float:
+def _train(run: TrainingRun, *, device: str) -> float:
+    name, n_instances, has_plugin = run
     be_quiet()
     torch.set_num_threads(1)
     return_freed_memory()

@@ -1,12 +1,10 @@
 import pytest
 
-from benchmarks.peak import training_peak
+from benchmarks.peak import TrainingRun, training_peaks
 
 
 @pytest.mark.slow
-def test_training_peak__ten_times_the_bag__takes_more():
-    small, large = (
-        training_peak("DSMIL 1024", n_instances, has_plugin=True, device="cpu")
-        for n_instances in (1000, 10_000)
-    )
+def test_training_peaks__ten_times_the_bag__takes_more():
+    runs = [TrainingRun("DSMIL 1024", n, has_plugin=True) for n in (1000, 10_000)]
+    small, large = training_peaks(runs, device="cpu")
     assert 0 < 3 * small < large

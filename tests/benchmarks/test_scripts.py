@@ -75,7 +75,10 @@ def test_memory__one_model_and_peer__writes_both_ratios(run):
 
 
 def test_growth__one_model__compares_a_tile_of_the_largest_bag(run, monkeypatch):
-    monkeypatch.setattr(growth, "training_peak", lambda _, size, **__: size / 1000)
+    def peaks(runs, **_):
+        return [run.n_instances / 1000 for run in runs]
+
+    monkeypatch.setattr(growth, "training_peaks", peaks)
     sizes = (20, 40, 80)
     written = run(growth, MODELS=(DSMIL,), SIZES=sizes, REFERENCE=40, LARGEST=80)
     milliseconds = written["models"][DSMIL]["milliseconds"]
