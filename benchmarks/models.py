@@ -89,7 +89,7 @@ PEERS: dict[str, Subject] = {
 }
 SUBJECTS = OURS | PEERS
 # In so many steps the plug-in proves that it reads the right scores; then it is as fast as it gets.
-_N_PROVING = 3
+N_PROVING = 3
 
 
 def module_of(name: str) -> MILModule:
@@ -118,14 +118,18 @@ def enter_fit(
     device: str = "cpu",
     precision: str = "32-true",
     compiles: bool = False,
+    n_first: int = N_PROVING,
 ) -> Step:
-    """Starts the fit of a model, which ends with the stack, and returns what runs its next step."""
+    """Starts the fit of a model, which ends with the stack, and returns what runs its next step.
+
+    With a plug-in the first steps, ``n_first`` of them, are made here.
+    """
     callbacks = [] if plugin is None else [plugin]
     fit = fit_of(
         name, batch, callbacks=callbacks, device=device, precision=precision, compiles=compiles
     )
     fits.enter_context(fit)
-    for _ in range(_N_PROVING if callbacks else 0):
+    for _ in range(n_first if callbacks else 0):
         fit.step()
     return fit.step
 

@@ -1,10 +1,9 @@
 """Does a sweep of small jobs gain from running two at once?
 
 Sixteen fits of ABMIL on musk1 by one command each way: one after the other in one process
-(``hydra/launcher=basic``), in two workers of joblib, and, once, by the default launcher with two
-slots, which starts a process for every job. Wall time of the whole command, imports included; the
-ways in turn, minima over rounds. Besides its share of the cores the machine must have nothing to
-do: how many cores each way has had is CPU time / wall time. Run: python -m benchmarks.sweep
+(``hydra/launcher=basic``), and in two workers of joblib. Wall time of the whole command, imports
+included; the ways in turn, minima over rounds. The machine must have nothing else to do: how many
+cores each way has had is CPU time / wall time. Run: python -m benchmarks.sweep
 """
 
 import os
@@ -24,20 +23,18 @@ REFERENCE = "one after the other"
 LAUNCHERS = {
     REFERENCE: ["hydra/launcher=basic"],
     "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-    "processes": ["hydra/launcher=processes", "hydra.launcher.slots=2"],
 }
 
 
 def main() -> None:
     """Time the launchers and print a table."""
-    parser = arguments(__doc__, rounds=2)
+    parser = arguments(__doc__, rounds=1)
     parser.add_argument("--epochs", type=int, default=20, help="of each job (default: 20)")
     chosen = start(parser)
     wall: dict[str, list[float]] = {name: [] for name in LAUNCHERS}
     cpu: dict[str, list[float]] = {name: [] for name in LAUNCHERS}
     for index in range(chosen.rounds):
-        ways = list(LAUNCHERS) if index == 0 else [REFERENCE, "joblib"]
-        for name in ways[:: -1 if index % 2 else 1]:
+        for name in list(LAUNCHERS)[:: -1 if index % 2 else 1]:
             wall_s, cpu_s = _sweep(LAUNCHERS[name], epochs=chosen.epochs)
             wall[name].append(wall_s)
             cpu[name].append(cpu_s)
