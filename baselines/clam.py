@@ -1,5 +1,8 @@
 """CLAM: attention pooling with instance-level clustering (Lu et al., 2021)."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -13,6 +16,14 @@ from baselines.pooling import attention_pool, mask_scores
 from baselines.scorer import GatedScorer, Projection
 
 _BAG_LOSS_WEIGHT = 0.7
+
+
+class _Examples(NamedTuple):
+    """Which instances of a bag the classifier of a class learns from, and what each is to it."""
+
+    cls: int
+    indices: Int[Tensor, " example"]
+    target: Int[Tensor, " example"]
 
 
 class _CLAM(nn.Module):
@@ -81,38 +92,64 @@ class _CLAM(nn.Module):
         if label is not None:
             # The only row of a single branch serves every class.
             rows = scores.detach().expand(-1, self.n_classes, -1)
-            losses = [
-                self._instance_loss(*bag)
-                for bag in zip(
-                    instances, rows, mask.sum(dim=1).tolist(), label.tolist(), strict=True
-                )
+            examples = [
+                self._examples(*bag)
+                for bag in zip(rows, mask.sum(dim=1).tolist(), label.tolist(), strict=True)
             ]
+            chosen = _chosen(instances, examples)
+            losses = [self._instance_loss(*bag) for bag in zip(chosen, examples, strict=True)]
             auxiliary_loss = (1 - _BAG_LOSS_WEIGHT) * torch.stack(losses).mean()
         return MILOutput(logits, scores, auxiliary_loss, _BAG_LOSS_WEIGHT)
 
-    def _instance_loss(
-        self,
-        instances: Float[Tensor, "instance hidden"],
-        rows: Float[Tensor, "cls instance"],
-        n_real: int,
-        label: int,
-    ) -> Float[Tensor, ""]:
+    def _examples(
+        self, rows: Float[Tensor, "cls instance"], n_real: int, label: int
+    ) -> list[_Examples]:
+        """What the instance classifiers learn from a bag, which needs no gradient to be chosen."""
         n_bottom = min(self.k_sample, n_real // 2)
         n_top = max(n_bottom, 1)
-        loss = instances.new_zeros(())
-        for cls, (row, classifier) in enumerate(zip(rows, self.instance_classifiers, strict=True)):
+        examples = []
+        for cls, row in enumerate(rows):
             if cls != label and not self.subtyping:
                 continue
             # One order for both ends: two searches could pick the same instance among equal scores.
             # Padding has the score -inf and comes last.
             order = row.argsort(descending=True, stable=True)[:n_real]
             top, bottom = order[:n_top], order[n_real - n_bottom :]
-            chosen = torch.cat([top, bottom]) if cls == label else top
-            target = torch.zeros_like(chosen)
+            indices = torch.cat([top, bottom]) if cls == label else top
+            target = torch.zeros_like(indices)
             if cls == label:
                 target[:n_top] = 1
-            loss = loss + F.cross_entropy(classifier(instances[chosen]), target)
+            examples.append(_Examples(cls, indices, target))
+        return examples
+
+    def _instance_loss(
+        self, chosen: Float[Tensor, "chosen hidden"], examples: Sequence[_Examples]
+    ) -> Float[Tensor, ""]:
+        loss = chosen.new_zeros(())
+        start = 0
+        for cls, indices, target in examples:
+            own = chosen[start : start + len(indices)]
+            loss = loss + F.cross_entropy(self.instance_classifiers[cls](own), target)
+            start += len(indices)
         return loss / self.n_classes if self.subtyping else loss
+
+
+def _chosen(
+    instances: Float[Tensor, "bag instance hidden"], examples: Sequence[Sequence[_Examples]]
+) -> Float[Tensor, "bag chosen hidden"]:
+    """The examples of each bag, those of one class after those of another, and zeros.
+
+    They are pooled, each with an attention of its own that is a single one: the gradient is one
+    product, where that of indexing is written three times, and zero but for a few instances.
+    """
+    n_chosen = max(sum(len(index) for _, index, _ in of_bag) for of_bag in examples)
+    rows = instances.new_zeros(len(instances), n_chosen, instances.shape[1])
+    for bag, of_bag in zip(rows, examples, strict=True):
+        start = 0
+        for _, index, _ in of_bag:
+            bag[start : start + len(index)].scatter_(1, index[:, None], 1)
+            start += len(index)
+    return torch.bmm(rows, instances)
 
 
 class CLAMSB(_CLAM):

@@ -5,17 +5,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
-from baselines.fused import can_fuse
+from baselines.fused import can_fuse, once_differentiable
 
 # Positions at a time in the gradient for the kernels: their input then stays in the cache.
 _CHUNK = 1024
 
 
 def depthwise_convolution(
-    owner: nn.Module,
     inputs: Float[Tensor, "bag channel y x"],
     kernels: Float[Tensor, "channel 1 height width"],
     bias: Float[Tensor, " channel"] | None = None,
@@ -23,12 +21,11 @@ def depthwise_convolution(
     """Slides one kernel of odd sides over each channel, zeros around: ``sum_j w_j x_{i+j} + b``.
 
     Args:
-        owner: The module of the kernels, which `can_fuse` asks for leave.
         inputs: The channels; the fastest memory layout is channels last, as tokens have it.
         kernels: The weights w.
         bias: The bias b.
     """
-    if can_fuse(owner, inputs):
+    if can_fuse(inputs):
         convolved: Tensor = _DepthwiseConvolution.apply(inputs, kernels)  # type: ignore[no-untyped-call]
         return convolved if bias is None else convolved + bias[:, None, None]
     return F.conv2d(inputs, kernels, bias, padding=_halves(kernels), groups=len(kernels))

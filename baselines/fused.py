@@ -6,39 +6,56 @@ plain layers, which stay the documentation and run wherever `can_fuse` says no.
 
 import math
 import sys
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
 from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 # Rows at a time: what lies between two products then stays in the cache.
 _CHUNK = 512
 _DRAWS = 2**16
 
 
-def can_fuse(module: nn.Module, features: Tensor) -> bool:
-    """Whether a module's plain layers may be passed over for these features.
+def can_fuse(values: Tensor) -> bool:
+    """Whether plain layers may be passed over for these values, as far as they can tell.
 
-    Args:
-        module: What holds the layers. One that is watched by a hook, or that is no longer PyTorch's
-            own (a parametrization, an adapter), has to run by itself.
-        features: Its input. Outside the CPU, in low precision, under autocast, ``torch.compile``,
-            tracing and transforms such as vmap the plain layers are as good, or the only ones that
-            work.
+    Outside the CPU, in low precision, under autocast, ``torch.compile``, tracing and transforms
+    such as vmap the plain layers are as good, or the only ones that work.
     """
     return (
-        features.device.type == "cpu"
-        and features.dtype in (torch.float32, torch.float64)
+        values.device.type == "cpu"
+        and values.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
-        and not any(_is_special(part) for part in module.modules() if part is not module)
     )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a backward pass refuse ``create_graph=True``.
+
+    torch's decorator of this name fails only where a later derivative runs through the pass. Where
+    ``torch.autograd.grad`` or ``functional.hessian`` take it for a dead end they go around it, and
+    a second derivative, or the penalty on a gradient beside a loss, is silently zero.
+
+    Raises:
+        RuntimeError: In that backward pass, if it is asked for a graph of its own.
+    """
+
+    @wraps(backward)
+    def refusing(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "A fused pass must be differentiated once only, but create_graph=True asks for "
+                "more. Take higher derivatives by torch.func, for which the plain layers run."
+            )
+        return backward(ctx, *gradients)
+
+    return refusing
 
 
 def fused_projection(
@@ -81,7 +98,9 @@ def fused_gated_scores(
     keep = math.prod(_keep_probability(dropout) for dropout in dropouts)
     parameters = [p for linear in (value, gate, score) for p in (linear.weight, linear.bias)]
     if not torch.is_grad_enabled():
-        scores, _ = _gated_scores(instances.flatten(0, 1), parameters, keep)
+        flat = instances.flatten(0, 1)
+        sigmoids = flat.new_empty(min(_CHUNK, len(flat)), 2 * value.out_features)
+        scores, _ = _gated_scores(flat, parameters, keep, sigmoids)
         return scores.view(*instances.shape[:2], -1), instances
     scores, handed_on = _GatedScores.apply(  # type: ignore[no-untyped-call]
         instances, *parameters, keep
@@ -113,12 +132,6 @@ def _level(keep: float) -> int:
 
 def _keep_probability(dropout: nn.Dropout) -> float:
     return 1 - dropout.p if dropout.training else 1.0
-
-
-def _is_special(part: nn.Module) -> bool:
-    watched = part._forward_hooks or part._forward_pre_hooks
-    watched = watched or part._backward_hooks or part._backward_pre_hooks
-    return bool(watched) or not type(part).__module__.startswith("torch.nn.modules.")
 
 
 class _Projection(torch.autograd.Function):
@@ -227,20 +240,24 @@ class _Watched(torch.autograd.Function):
 
 
 def _gated_scores(
-    flat: Tensor, parameters: Sequence[Tensor], keep: float, sigmoids: Tensor | None = None
+    flat: Tensor, parameters: Sequence[Tensor], keep: float, sigmoids: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores and what dropout has kept; `_factors` can be taken from the sigmoids afterwards."""
+    """Scores and what dropout has kept.
+
+    The sigmoids have room for all instances, and then `_factors` can be taken from them afterwards,
+    or for one chunk.
+    """
     value, value_bias, gate, gate_bias, weight, bias = parameters
     inner_weight, inner_bias = _merged(value, gate).t(), _merged(value_bias, gate_bias)
     outer_weight = _outer_weight(weight, keep).t()
-    chunk = flat.new_empty(min(_CHUNK, len(flat)), 2 * len(value))
     kept = None
     if keep < 1:
         kept = kept_entries((len(flat), len(value)), keep)
     scores = flat.new_empty(len(flat), len(weight))
     for start in range(0, len(flat), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        part = chunk[: len(scores[rows])] if sigmoids is None else sigmoids[rows]
+        room = start % len(sigmoids)
+        part = sigmoids[room : room + len(scores[rows])]
         torch.addmm(inner_bias, flat[rows], inner_weight, out=part).sigmoid_()
         tanh, sigmoid = _factors(part)
         product = tanh.mul_(sigmoid)

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from baselines.depthwise import depthwise_convolution
-from baselines.fused import can_fuse
+from baselines.fused import can_fuse, once_differentiable
 
 _PINV_ITERATIONS = 6
 _RESIDUAL_KERNEL = 33
@@ -103,7 +102,7 @@ class ResidualConvolution(nn.Conv2d):
         rows = rearrange(values, "b h n d -> b n (h d)")
         channels = rows[:, :, None].permute(0, 3, 1, 2)
         kernels = self.weight.repeat_interleave(values.shape[-1], dim=0)
-        convolved = depthwise_convolution(self, channels, kernels)
+        convolved = depthwise_convolution(channels, kernels)
         return rearrange(convolved, "b (h d) n 1 -> b h n d", h=values.shape[1])
 
 
@@ -206,7 +205,7 @@ class ClassTokenAttention(NystromAttention):
         return output
 
     def _mixture(self, weights: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-        if can_fuse(self.mixing_row, keys):
+        if can_fuse(keys):
             flat = (x.flatten(0, 1) for x in (weights, queries, keys))
             mixture: Tensor = _SoftmaxMixture.apply(*flat)  # type: ignore[no-untyped-call]
             return mixture.view(*keys.shape[:3])

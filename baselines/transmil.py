@@ -55,7 +55,7 @@ class PPEG(nn.Module):
     ) -> Float[Tensor, "bag token width"]:
         """Encodes all tokens but the first, the class token."""
         square = rearrange(tokens[:, 1:], "b (y x) w -> b w y x", y=side)
-        encoded = depthwise_convolution(self, square, *self._merged())
+        encoded = depthwise_convolution(square, *self._merged())
         return torch.cat([tokens[:, :1], rearrange(encoded, "b w y x -> b (y x) w")], dim=1)
 
     def _merged(self) -> tuple[Tensor, Tensor]:
@@ -107,8 +107,8 @@ class TransMIL(nn.Module):
     the authors' code:
 
     - the class token follows the model's device; upstream moves it to the first GPU;
-    - the pseudo-inverse is scaled per bag (see `pseudo_inverse`), and padded batches run bag by
-      bag, so that no bag depends on another or on padding; upstream takes bags of equal size;
+    - the pseudo-inverse is scaled per bag (see `pseudo_inverse_times`), and padded batches run bag
+      by bag, so that no bag depends on another or on padding; upstream takes bags of equal size;
     - query, key and value are three layers and not one, so that a block owns just what scores;
     - products run from right to left, the last layer mixes its class token alone, and the three
       position convolutions are one: the same result for fewer operations;

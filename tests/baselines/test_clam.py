@@ -90,6 +90,17 @@ def test_instance_loss__two_bags__is_their_mean():
     torch.testing.assert_close(together, sum(alone) / 2)
 
 
+def test_instance_loss__label_that_cross_entropy_ignores__adds_nothing():
+    clam = build(CLAMSB)
+    features = torch.cat([bag_of(20), bag_of(20, seed=1)])
+
+    together = clam(features, label=torch.tensor([-100, 2])).auxiliary_loss
+
+    labelled = clam(features[[1]], label=torch.tensor([2])).auxiliary_loss
+    torch.testing.assert_close(together, labelled / 2)
+    assert clam(features[[0]], label=torch.tensor([-100])).auxiliary_loss == 0
+
+
 @pytest.mark.parametrize("model", [CLAMSB, CLAMMB])
 def test_instance_loss__gradient__leaves_attention_and_head_alone(model):
     clam = build(model, subtyping=True)

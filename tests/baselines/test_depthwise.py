@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from baselines.depthwise import depthwise_convolution
 
@@ -27,7 +26,7 @@ def test_depthwise_convolution__any_size__agrees_with_pytorchs_own(shape, kernel
     sources = [inputs.requires_grad_(), kernels.requires_grad_(), bias.requires_grad_()]
     padding = (kernel[0] // 2, kernel[1] // 2)
 
-    actual = depthwise_convolution(nn.Identity(), inputs, kernels, bias)
+    actual = depthwise_convolution(inputs, kernels, bias)
 
     expected = F.conv2d(inputs, kernels, bias, padding=padding, groups=shape[1])
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
@@ -38,3 +37,11 @@ def test_depthwise_convolution__any_size__agrees_with_pytorchs_own(shape, kernel
         strict=True,
     ):
         torch.testing.assert_close(gradient, plain, rtol=0, atol=1e-10 * plain.abs().max().item())
+
+
+def test_depthwise_convolution__differentiated_twice__says_that_it_cannot():
+    inputs = torch.ones(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    convolved = depthwise_convolution(inputs, torch.ones(2, 1, 3, 3, dtype=torch.float64))
+
+    with pytest.raises(RuntimeError, match=r"differentiated once only, but create_graph=True"):
+        torch.autograd.grad(convolved.square().sum(), inputs, create_graph=True)

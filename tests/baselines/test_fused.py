@@ -26,7 +26,7 @@ MODELS = {
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(baselines.fused, "_CHUNK", 4)
-    monkeypatch.setattr(baselines.scorer, "FEWEST_TO_FUSE", 0)
+    monkeypatch.setattr(baselines.scorer, "FEWEST_TO_FUSE", {False: 0, True: 0})
 
 
 def run_plain(function):
@@ -300,19 +300,21 @@ def test_projection__without_its_dropout__is_a_projection_of_the_same_layers():
 
 
 def test_can_fuse__plain_layers_on_the_cpu__may():
-    assert can_fuse(scorer_of(), draw(1, 4, 5))
+    assert can_fuse(draw(1, 4, 5))
 
 
-def test_scorer__few_instances__run_through_the_layers(monkeypatch):
-    scorer, instances = scorer_of(), draw(2, 7, 5).requires_grad_()
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_scorer__few_instances__run_through_the_layers(monkeypatch, dropout):
+    scorer, instances = scorer_of(dropout=dropout), draw(2, 7, 5).requires_grad_()
     fused = type(scorer(instances)[0].grad_fn)
 
-    monkeypatch.setattr(baselines.scorer, "FEWEST_TO_FUSE", 14)
+    fewest = {False: 0, True: 0, dropout > 0: 14}
+    monkeypatch.setattr(baselines.scorer, "FEWEST_TO_FUSE", fewest)
     assert type(scorer(instances)[0].grad_fn) is fused
     assert type(scorer(instances[:, :6])[0].grad_fn) is not fused
 
 
-def test_can_fuse__watched_layer__must_run_itself():
+def test_gated_scorer__watched_layer__must_run_itself():
     scorer, seen = scorer_of(), []
     scorer.value[1].register_forward_hook(lambda *_: seen.append(True))
 
@@ -321,12 +323,15 @@ def test_can_fuse__watched_layer__must_run_itself():
     assert seen
 
 
-def test_can_fuse__parametrized_layer__must_run_itself():
+def test_gated_scorer__parametrized_layer__must_run_itself():
     scorer, instances = scorer_of(), draw(1, 4, 5)
     torch.nn.utils.parametrizations.weight_norm(scorer.gate[0])
 
-    assert not can_fuse(scorer, instances)
-    assert scorer(instances)[0].isfinite().all()
+    scores, _ = scorer(instances)
+
+    scores.sum().backward()
+    assert scorer.gate[0].parametrizations.weight.original0.grad is not None
+    assert_same(scores, run_plain(lambda: scorer(instances)[0]))
 
 
 @pytest.mark.parametrize(
@@ -355,10 +360,10 @@ def test_projection__one_layer_more__is_run():
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
 def test_can_fuse__tracing__may_not():
-    scorer, found = scorer_of(), []
+    found = []
 
     def traced(instances):
-        found.append(can_fuse(scorer, instances))
+        found.append(can_fuse(instances))
         return 2 * instances
 
     torch.jit.trace(traced, draw(1, 4, 5), check_trace=False)
@@ -368,10 +373,10 @@ def test_can_fuse__tracing__may_not():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_can_fuse__low_precision__may_not(dtype):
-    assert not can_fuse(scorer_of(), draw(1, 4, 5).to(dtype))
-    assert not can_fuse(scorer_of(), draw(1, 4, 5).to("meta"))
+    assert not can_fuse(draw(1, 4, 5).to(dtype))
+    assert not can_fuse(draw(1, 4, 5).to("meta"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not can_fuse(scorer_of(), draw(1, 4, 5))
+        assert not can_fuse(draw(1, 4, 5))
 
 
 def test_can_fuse__vmap__runs_the_layers():
@@ -382,11 +387,41 @@ def test_can_fuse__vmap__runs_the_layers():
     assert_same(mapped, torch.stack([scorer(bags)[0] for bags in instances]))
 
 
-def test_gated_scorer__differentiated_twice__says_that_it_cannot():
-    scorer, instances = scorer_of(), draw(1, 4, 5).requires_grad_()
-    (gradient,) = torch.autograd.grad(
-        scorer(instances)[0].square().sum(), instances, create_graph=True
-    )
+def test_gated_scorer__that_may_not_fuse__asks_for_no_size(monkeypatch):
+    # torch.compile would make a graph for either side of it, and torch.export refuses.
+    monkeypatch.setattr(baselines.scorer, "FEWEST_TO_FUSE", {})
 
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    scores, _ = run_plain(lambda: scorer_of()(draw(1, 4, 5)))
+
+    assert scores.shape == (1, 4, 1)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        lambda features: scorer_of()(features)[0],
+        lambda features: Projection(nn.Linear(5, 3), nn.ReLU(), nn.Dropout()).double()(features),
+    ],
+    ids=["gated_scorer", "projection"],
+)
+def test_fused_pass__differentiated_twice__says_that_it_cannot(result):
+    instances = draw(1, 4, 5)
+
+    # torch's decorator lets this pass, and every second derivative is zero.
+    with pytest.raises(RuntimeError, match=r"differentiated once only, but create_graph=True"):
+        torch.autograd.functional.hessian(lambda x: result(x).square().sum(), instances)
+
+
+def test_gated_scorer__penalty_on_its_gradient_by_torch_func__is_that_of_the_layers():
+    scorer, instances = scorer_of(), draw(1, 4, 5)
+
+    def penalty(instances):
+        slope = torch.func.grad(lambda x: scorer(x)[0].square().sum())(instances)
+        return slope.square().sum()
+
+    found = torch.func.grad(penalty)(instances)
+
+    copy = instances.clone().requires_grad_()
+    plain = run_plain(lambda: scorer(copy)[0].square().sum())
+    (slope,) = torch.autograd.grad(plain, copy, create_graph=True)
+    assert_same(found, torch.autograd.grad(slope.square().sum(), copy)[0])

@@ -165,3 +165,10 @@ def test_nystrom_attention__autocast__agrees_to_the_precision_of_bfloat16(kind):
 
     tolerance = 0.05 * expected.abs().max().item()
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def test_class_token_attention__differentiated_twice__says_that_it_cannot():
+    attention, tokens = ClassTokenAttention(16, 2, 0.0), torch.randn(1, 9, 16, requires_grad=True)
+
+    with pytest.raises(RuntimeError, match=r"differentiated once only, but create_graph=True"):
+        torch.autograd.grad(attention(tokens).sum(), tokens, create_graph=True)
