@@ -3,15 +3,7 @@ import json
 import pytest
 
 from mil_anchor.callbacks.monitor import AttentionRow
-from mil_anchor.results import (
-    Missing,
-    attention_summary,
-    by_cell,
-    missing_runs,
-    read_metrics,
-    read_runs,
-    read_unfinished,
-)
+from mil_anchor.results import attention_summary, by_cell, read_metrics, read_runs, read_unfinished
 from tests.run_folders import write_run
 
 
@@ -203,51 +195,6 @@ def test_read_unfinished__names_of_another_program__are_no_run(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
 
     assert read_unfinished(tmp_path) == []
-
-
-def test_missing_runs__begun__are_not_missing(tmp_path):
-    for seed in (0, 1):
-        write_run(tmp_path, "none", seed)
-    write_run(tmp_path, "anchor", 0)
-    write_run(tmp_path, "anchor", 1, complete=False)
-
-    unfinished = read_unfinished(tmp_path)
-
-    assert missing_runs(read_runs(tmp_path), unfinished=unfinished) == []
-
-
-def test_missing_runs__begun_with_a_setting__is_not_missing_in_its_cell_only(tmp_path):
-    for seed in (0, 1, 2):
-        write_run(tmp_path, "anchor", seed, settings={"plugin.weight": 0.1})
-    write_run(tmp_path, "anchor", 0, settings={"plugin.weight": 0.3})
-    write_run(tmp_path, "anchor", 1, settings={"plugin.weight": 0.3}, complete=False)
-
-    missing = missing_runs(read_runs(tmp_path), unfinished=read_unfinished(tmp_path))
-
-    assert missing == [Missing("musk1", "abmil", "anchor (plugin.weight=0.3)", 2, 0)]
-
-
-def test_missing_runs__partial_sweep__names_what_other_cells_have(tmp_path):
-    for seed in (0, 1):
-        write_run(tmp_path, "none", seed)
-    write_run(tmp_path, "anchor", 1)
-    write_run(tmp_path, "none", 0, model="dsmil")
-    write_run(tmp_path, "none", 7, data="musk2")
-
-    assert missing_runs(read_runs(tmp_path)) == [
-        Missing("musk1", "abmil", "anchor", 0, 0),
-        Missing("musk1", "dsmil", "none", 1, 0),
-        Missing("musk1", "dsmil", "anchor", 0, 0),
-        Missing("musk1", "dsmil", "anchor", 1, 0),
-    ]
-
-
-def test_missing_runs__settings_of_one_model__are_not_demanded_of_others(tmp_path):
-    for weight in (0.1, 0.3):
-        write_run(tmp_path, "anchor", settings={"plugin.weight": weight})
-    write_run(tmp_path, "anchor", model="dsmil")
-
-    assert missing_runs(read_runs(tmp_path)) == []
 
 
 def _row(epoch, bag_id, jsd=None, *, entropy=0.5, correlation=None, auroc=None):

@@ -13,8 +13,9 @@ from mil_anchor.comparison import (
     pair_runs,
     ratio_to_base,
 )
+from mil_anchor.missing import missing_runs
 from mil_anchor.reproduction import reproduction_table
-from mil_anchor.results import CellKey, Progress, Run, Unfinished, by_cell, missing_runs
+from mil_anchor.results import CellKey, Progress, Run, Unfinished, by_cell
 from mil_anchor.tables import Cell, Column, ResultTable, mean_cell, number_cell
 
 _NAMES = [Column(title, is_number=False) for title in ("data", "model", "plug-in")]

@@ -1,4 +1,4 @@
-"""Reads run folders: those that are complete, those that are not, and what is missing."""
+"""Reads run folders: those that are complete, and those that are not."""
 
 import json
 import logging
@@ -44,7 +44,7 @@ class Run(NamedTuple):
     def cell(self) -> CellKey:
         """Data, model, and plug-in with its setting: runs of a cell differ in seed and fold."""
         of = self.metrics
-        return of["data"], of["model"], _with_setting(of["plugin"], self.setting)
+        return cell_key(of["data"], of["model"], of["plugin"], self.setting)
 
     @property
     def draw(self) -> tuple[int, int]:
@@ -70,16 +70,6 @@ class Unfinished(NamedTuple):
     fold: int | None
     reason: str
     config: dict[str, str] | None = None
-
-
-class Missing(NamedTuple):
-    """A run that a comparison lacks: others of the same data have its seed and fold."""
-
-    data: str
-    model: str
-    plugin: str
-    seed: int
-    fold: int
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -134,7 +124,9 @@ def read_runs(*roots: Path, progress: Progress = iter) -> list[Run]:
         )
     if n_read > len(runs):
         log.warning("%d run(s) left out, which repeat others of those read", n_read - len(runs))
-    return _distinguished(sorted(runs.values(), key=lambda run: run.folder))
+    ordered = sorted(runs.values(), key=lambda run: run.folder)
+    keys = keys_by_names(ordered)
+    return [run._replace(setting=setting_of(run.config, keys.get(run.cell))) for run in ordered]
 
 
 def read_unfinished(*roots: Path) -> list[Unfinished]:
@@ -155,30 +147,6 @@ def read_unfinished(*roots: Path) -> list[Unfinished]:
     return found
 
 
-def missing_runs(runs: Sequence[Run], *, unfinished: Sequence[Unfinished] = ()) -> list[Missing]:
-    """Which runs a table of all models, plug-ins, seeds and folds of a data set lacks.
-
-    A cell lacks the seeds and folds that others of its data have; a model and plug-in without any
-    run on the data lack all of them. What was begun is unfinished, not missing.
-    """
-    keys = _telling_keys([run._replace(setting="") for run in runs])
-    begun = {(*_cell_of(one, keys), one.seed, one.fold) for one in unfinished}
-    missing = []
-    cells = by_cell(runs)
-    for data in dict.fromkeys(cell[0] for cell in cells):
-        of_data = [run for run in runs if run.cell[0] == data]
-        there = {(run.metrics["model"], run.metrics["plugin"]) for run in of_data}
-        known = {cell[1:]: {run.draw for run in cells[cell]} for cell in cells if cell[0] == data}
-        for model in sorted({model for model, _ in there}):
-            for plugin in sorted({plugin for _, plugin in there}):
-                if (model, plugin) not in there:
-                    known[model, plugin] = set()
-        draws = sorted({run.draw for run in of_data})
-        for (model, plugin), own in known.items():
-            missing += [Missing(data, model, plugin, *draw) for draw in draws if draw not in own]
-    return [one for one in missing if one not in begun]
-
-
 def by_cell(runs: Iterable[Run]) -> dict[CellKey, list[Run]]:
     """Runs of each data set, model and plug-in with its setting, sorted; ``none`` stands first."""
 
@@ -190,6 +158,32 @@ def by_cell(runs: Iterable[Run]) -> dict[CellKey, list[Run]]:
     for run in sorted(runs, key=place):
         cells.setdefault(run.cell, []).append(run)
     return cells
+
+
+def cell_key(data: str, model: str, plugin: str, setting: str) -> CellKey:
+    """The cell of runs of these names and this `setting_of`."""
+    return data, model, f"{plugin} ({setting})" if setting else plugin
+
+
+def keys_by_names(runs: Iterable[Run]) -> dict[CellKey, list[str]]:
+    """What tells runs of the same names apart, where one of them has a configuration."""
+    alike: dict[CellKey, list[tuple[dict[str, str], Run]]] = {}
+    for run in runs:
+        if run.config is not None:
+            alike.setdefault(run._replace(setting="").cell, []).append((run.config, run))
+    return {
+        names: telling_keys([config for config, _ in own], [run.draw for _, run in own])
+        for names, own in alike.items()
+    }
+
+
+def setting_of(config: Mapping[str, str] | None, keys: Sequence[str] | None) -> str:
+    """What tells a run from others of its names, by the keys that `keys_by_names` has for them."""
+    if keys is None:  # none of them has a configuration
+        return ""
+    if config is None:
+        return "no config.yaml"
+    return ", ".join(f"{key}={config[key]}" for key in keys if key in config)
 
 
 def attention_summary(rows: Sequence[AttentionRow]) -> dict[str, float]:
@@ -302,40 +296,3 @@ def _named(
         return "?", "?", "?", None, None
     model, plugin, data = folder.parts[-4:-1]
     return model, plugin, data, int(drawn[1]), int(drawn[2])
-
-
-def _distinguished(runs: Sequence[Run]) -> list[Run]:
-    """The runs, with what tells those of the same names apart."""
-    keys = _telling_keys(runs)
-    return [run._replace(setting=_setting(run.config, keys.get(run.cell))) for run in runs]
-
-
-def _telling_keys(runs: Sequence[Run]) -> dict[CellKey, list[str]]:
-    """What tells runs of the same names apart, where one of them has a configuration."""
-    alike: dict[CellKey, list[tuple[dict[str, str], Run]]] = {}
-    for run in runs:
-        if run.config is not None:
-            alike.setdefault(run.cell, []).append((run.config, run))
-    return {
-        cell: telling_keys([config for config, _ in own], [run.draw for _, run in own])
-        for cell, own in alike.items()
-    }
-
-
-def _cell_of(one: Unfinished, keys: Mapping[CellKey, Sequence[str]]) -> CellKey:
-    """The cell that the run would be in, as far as its configuration tells."""
-    own = keys.get((one.data, one.model, one.plugin))
-    setting = "" if one.config is None else _setting(one.config, own)
-    return one.data, one.model, _with_setting(one.plugin, setting)
-
-
-def _setting(config: Mapping[str, str] | None, keys: Sequence[str] | None) -> str:
-    if keys is None:  # no configuration in the cell
-        return ""
-    if config is None:
-        return "no config.yaml"
-    return ", ".join(f"{key}={config[key]}" for key in keys if key in config)
-
-
-def _with_setting(plugin: str, setting: str) -> str:
-    return f"{plugin} ({setting})" if setting else plugin

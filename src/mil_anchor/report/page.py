@@ -14,6 +14,7 @@ from string import Template
 from typing import Any, TypeVar
 
 from mil_anchor.figures.style import COLORS, line_styles
+from mil_anchor.missing import missing_runs
 from mil_anchor.report.curves import (
     ATTENTION,
     LEARNING,
@@ -24,7 +25,7 @@ from mil_anchor.report.curves import (
 from mil_anchor.report.runs import runs_html
 from mil_anchor.report.slides import color_stops, slides
 from mil_anchor.report.tables import table_html
-from mil_anchor.results import Run, Unfinished, by_cell, missing_runs
+from mil_anchor.results import Run, Unfinished, by_cell
 from mil_anchor.tables import ResultTable
 
 try:
