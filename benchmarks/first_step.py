@@ -5,22 +5,17 @@ search and proof, or with a named block that is proven, or with one that is foun
 Process CPU time of one thread; minima over rounds. Run: python -m benchmarks.first_step
 """
 
-import argparse
-import json
-import logging
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from typing_extensions import override
 
 from benchmarks.fitting import SteppedFit
-from benchmarks.timing import cpu_seconds
+from benchmarks.record import arguments, show, start, write
+from benchmarks.timing import CLOCKS, again
 from mil_anchor import AnchorCallback, AttentionSite
 from mil_anchor.callbacks.patch import TrainingPatch
 
@@ -57,9 +52,10 @@ class Unwatched(AnchorCallback):
         TrainingPatch.of(pl_module).dismiss(self)
 
 
+BARE = "bare"
 VARIANTS: dict[str, Any] = {
-    "bare": list,
-    "bare again": list,
+    BARE: list,
+    again(BARE): list,
     "plug-in, neither": lambda: [Unwatched(SITE)],
     "plug-in, proven": lambda: [AnchorCallback(SITE)],
     "plug-in, found": lambda: [AnchorCallback()],
@@ -68,53 +64,39 @@ VARIANTS: dict[str, Any] = {
 
 def main() -> None:
     """Time the variants and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = arguments(__doc__, rounds=9)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--instances", type=int, default=2000)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    chosen = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning").setLevel(logging.ERROR)
-    bag = (torch.randn(1, chosen.instances, chosen.width), torch.tensor([1]))
+    chosen = start(parser)
+    features, label = torch.randn(1, chosen.instances, chosen.width), torch.tensor([1])
+    bag = features.to(chosen.device), label.to(chosen.device)
     first: dict[str, list[float]] = {name: [] for name in VARIANTS}
     later: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for index in range(chosen.rounds):
         for name in list(VARIANTS)[:: 1 if index % 2 else -1]:
             torch.manual_seed(0)
-            with SteppedFit(Bags(chosen.width), bag, callbacks=VARIANTS[name]()) as fit:
-                seconds = [cpu_seconds(fit.step) for _ in range(chosen.steps)]
+            plugins = VARIANTS[name]()
+            with SteppedFit(
+                Bags(chosen.width), bag, callbacks=plugins, device=chosen.device
+            ) as fit:
+                seconds = [CLOCKS[chosen.device](fit.step) for _ in range(chosen.steps)]
             first[name].append(seconds[0])
             later[name].append(min(seconds[2:]))
-    _print(first, later, chosen)
-
-
-def _print(
-    first: dict[str, list[float]], later: dict[str, list[float]], chosen: argparse.Namespace
-) -> None:
-    table = Table("variant", "first step (ms)", "later steps (ms)", "later / bare")
-    bare = min(later["bare"])
-    rows = {
-        name: {
-            "first_ms": 1000 * min(first[name]),
-            "later_ms": 1000 * min(later[name]),
-            "ratio": min(later[name]) / bare,
+    table = Table("variant", "first step (ms)", "later steps (ms)", f"later / {BARE}")
+    ratios: dict[str, dict[str, float]] = {}
+    reference = min(later[BARE])
+    for name in VARIANTS:
+        ratios[name] = {
+            "ratio": min(later[name]) / reference,
+            "control": min(later[again(BARE)]) / reference,
+            "first_milliseconds": 1000 * min(first[name]),
+            "milliseconds": 1000 * min(later[name]),
         }
-        for name in VARIANTS
-    }
-    for name, row in rows.items():
-        table.add_row(name, *(f"{value:.3g}" for value in row.values()))
-    Console().print(table)
-    result = {
-        "torch": torch.__version__,
-        "instances": chosen.instances,
-        "width": chosen.width,
-        "variants": rows,
-    }
-    if chosen.json is not None:
-        chosen.json.write_text(json.dumps(result, indent=2) + "\n")
+        figures = ("first_milliseconds", "milliseconds", "ratio")
+        table.add_row(name, *(f"{ratios[name][figure]:.3g}" for figure in figures))
+    show(table)
+    write("first_step", ratios, chosen, instances=chosen.instances, width=chosen.width)
 
 
 if __name__ == "__main__":

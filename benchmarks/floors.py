@@ -1,11 +1,15 @@
-"""The matrix products that a step cannot do without, alone: the floor of its time."""
+"""What a step cannot do without, alone: the floor of its time."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from typing_extensions import override
 
 from benchmarks.timing import Step
+from mil_anchor import AnchorCallback
+from mil_anchor.sites.base import RecordedAttention, map_tensors
 
 
 class Products(NamedTuple):
@@ -75,6 +79,21 @@ def floor_of(name: str, n_instances: int, *, device: str = "cpu") -> Step:
             product()
 
     return run
+
+
+class RepeatableAnchor(AnchorCallback):
+    """The plug-in; its anchor's forward pass in the last step can be run again, alone."""
+
+    _inputs: Any = None
+
+    @override
+    def penalty(self, attention: RecordedAttention) -> Tensor:
+        self._inputs = map_tensors(Tensor.detach, attention.inputs)
+        return super().penalty(attention)
+
+    def run_anchor(self) -> None:
+        """Run the anchor on what its block got last."""
+        self.anchor.apply(self.online.site.rescore, self._inputs)
 
 
 def _product(rows: int, inner: int, columns: int, *, device: str) -> Callable[[], object]:

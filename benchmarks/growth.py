@@ -76,7 +76,6 @@ def _time(name: str, chosen: argparse.Namespace) -> Timings:
             steps,
             reference=str(REFERENCE),
             rounds=min(chosen.rounds, FEW_ROUNDS.get(name, chosen.rounds)),
-            n_warmup=0,  # each fit has made its first steps
             clock=CLOCKS[chosen.device],
         )
 

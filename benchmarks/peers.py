@@ -3,7 +3,8 @@
 Goals 3 to 6. Our models train with the anchor and NSF, the peers without: torchmil's, MONAI's,
 textbook ABMIL and DSMIL, and TransMIL in its authors' operations; those of one table step in turn,
 and one LightningModule with one Adam trains them all. Where a goal may lie below what exact float32
-can reach, the matrix products of our step alone are timed as well. Run: python -m benchmarks.peers
+can reach, the matrix products of our step alone are timed as well, and for small bags, in which the
+calls count, its whole step on ten tiles. Run: python -m benchmarks.peers
 """
 
 import argparse
@@ -14,8 +15,8 @@ from rich.table import Table
 
 from benchmarks.floors import PRODUCTS, floor_of
 from benchmarks.models import bag_for, enter_fit
-from benchmarks.record import arguments, measured, show, start, write
-from benchmarks.timing import CLOCKS, Timings, time_steps
+from benchmarks.record import arguments, measured, measured_sum, show, start, write
+from benchmarks.timing import CLOCKS, Step, Timings, time_steps
 from mil_anchor import AnchorCallback
 
 # Our model, which is timed twice as the control, and its peers.
@@ -37,9 +38,8 @@ TABLES: tuple[tuple[str, Sequence[str], int], ...] = (
 )
 
 
-def floor_key(ours: str) -> str:
-    """What the matrix products of our model and its anchor are called."""
-    return f"products of {ours}"
+# Instances of a bag in which products take next to nothing, and of one in which calls do.
+FEW, MANY = 10, 10_000
 
 
 def main() -> None:
@@ -50,16 +50,16 @@ def main() -> None:
         "ours with the plug-in / peer, bare", "tiles", "ours (ms)", "peer (ms)", "ratio", "A/A"
     )
     for ours, peers, n_instances in TABLES:
-        timings = _time(ours, peers, n_instances, chosen)
-        pairs = [(ours, peer) for peer in peers]
-        if ours in PRODUCTS:
-            pairs.append((floor_key(ours), peers[0]))
-        for own, peer in pairs:
-            row = measured(timings, own, reference=peer)
-            ratios[f"{own} / {peer}, {n_instances}"] = row
+        timings, floors = _time(ours, peers, n_instances, chosen)
+        rows = {f"{ours} / {peer}": measured(timings, ours, reference=peer) for peer in peers}
+        if floors:
+            key = f"{' + '.join(floors)} / {peers[0]}"
+            rows[key] = measured_sum(timings, *floors, reference=peers[0])
+        for key, row in rows.items():
+            ratios[f"{key}, {n_instances}"] = row
             milliseconds = (f"{row[key]:.1f}" for key in ("milliseconds", "reference_milliseconds"))
             table.add_row(
-                f"{own} / {peer}",
+                key,
                 f"{n_instances:,}",
                 *milliseconds,
                 f"{row['ratio']:.3f}",
@@ -69,17 +69,25 @@ def main() -> None:
     write("peers", ratios, chosen)
 
 
-def _time(ours: str, peers: Sequence[str], n_instances: int, chosen: argparse.Namespace) -> Timings:
-    batch = bag_for(ours, n_instances, device=chosen.device)
+def _time(
+    ours: str, peers: Sequence[str], n_instances: int, chosen: argparse.Namespace
+) -> tuple[Timings, list[str]]:
+    """The timings, and which of them our step cannot do without, all of these together."""
+    device = chosen.device
+    batch = bag_for(ours, n_instances, device=device)
     with ExitStack() as fits:
-        steps = {}
-        for name in (ours, *peers):
-            plugin = AnchorCallback() if name == ours else None
-            steps[name] = enter_fit(fits, name, batch, plugin=plugin, device=chosen.device)
+        steps = {ours: enter_fit(fits, ours, batch, plugin=AnchorCallback(), device=device)}
+        steps |= {peer: enter_fit(fits, peer, batch, device=device) for peer in peers}
+        floors: dict[str, Step] = {}
         if ours in PRODUCTS:
-            steps[floor_key(ours)] = floor_of(ours, n_instances, device=chosen.device)
-        clock = CLOCKS[chosen.device]
-        return time_steps(steps, rounds=chosen.rounds, clock=clock)
+            floors[f"products of {ours}"] = floor_of(ours, n_instances, device=device)
+        if floors and n_instances < MANY:
+            few = bag_for(ours, FEW, device=device)
+            floors[f"step on {FEW} tiles"] = enter_fit(
+                fits, ours, few, plugin=AnchorCallback(), device=device
+            )
+        timings = time_steps(steps | floors, rounds=chosen.rounds, clock=CLOCKS[device])
+    return timings, list(floors)
 
 
 if __name__ == "__main__":

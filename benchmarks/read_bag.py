@@ -5,31 +5,26 @@ warm cache, orders A B and B A in turn, minima over rounds. A bag that is mapped
 every page of it has been looked at. Run: python -m benchmarks.read_bag
 """
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import h5py
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from typing_extensions import override
 
-from benchmarks.record import machine
+from benchmarks.record import arguments, show, start, write
+from benchmarks.slides import RandomSlides
 from mil_anchor.data.repack import repack
-from mil_anchor.data.stores.base import BagShape, Store, StoredBag
 from mil_anchor.data.stores.packed import PackedStore
 
 BAGS = ((10_000, 1024), (1000, 384))
 REFERENCE = "torch.load"
 COPY = "copy in memory"
 MAPPED = "packed float32, mapped"
-# Goals by their variants: what is compared with a copy in memory.
+# What is compared with a copy in memory: the ratio's name, and the variant's.
 RATIOS = {
     "read": "packed float32",
     "read float16": "packed float16",
@@ -41,57 +36,27 @@ RATIOS = {
 _PAGE = 1024
 
 
-class Slides(Store):
-    """Slides of one size; the middle one is read, as one of a cohort."""
-
-    layout = "benchmark"
-
-    def __init__(self, path: Path, n_instances: int, width: int) -> None:
-        super().__init__(path)
-        generator = torch.Generator().manual_seed(0)
-        self.features = torch.randn(n_instances, width, generator=generator)
-
-    @property
-    @override
-    def slide_ids(self) -> list[str]:
-        return ["a", "b", "c"]
-
-    @override
-    def shape(self, slide_id: str) -> BagShape:
-        return BagShape(*self.features.shape)
-
-    @override
-    def read_stored(self, slide_id: str) -> StoredBag:
-        return StoredBag(slide_id, self.features)
-
-
 def main() -> None:
     """Time the variants, print tables and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
-    chosen = parser.parse_args()
-    torch.set_num_threads(1)
+    chosen = start(arguments(__doc__, rounds=21, on_gpu=False))
     ratios: dict[str, dict[str, float]] = {}
-    result: dict[str, Any] = {
-        "torch": torch.__version__,
-        "h5py": h5py.__version__,
-        "rounds": chosen.rounds,
-    }
+    sizes: dict[str, dict[str, dict[str, float]]] = {}
     for n_instances, width in BAGS:
-        with tempfile.TemporaryDirectory() as folder:
-            variants = _variants(Slides(Path(folder) / "source", n_instances, width))
-            rows = _time(variants, rounds=chosen.rounds)
-        Console().print(_table(rows, title=f"{n_instances} x {width}"))
         size = f"{n_instances} x {width}"
-        result[size] = rows
-        ratios |= {f"{key}, {size}": _ratio(rows, name) for key, name in RATIOS.items()}
-    result |= {"machine": machine(), "ratios": ratios}
-    chosen.json.write_text(json.dumps(result, indent=2) + "\n")
+        with tempfile.TemporaryDirectory() as folder:
+            source = RandomSlides(
+                Path(folder) / "source", n_slides=3, n_instances=n_instances, width=width
+            )
+            sizes[size] = _time(_variants(source), rounds=chosen.rounds)
+        show(_table(sizes[size], title=size))
+        ratios |= {f"{key}, {size}": _ratio(sizes[size], name) for key, name in RATIOS.items()}
+    write("read_bag", ratios, chosen, h5py=h5py.__version__, sizes=sizes)
 
 
-def _variants(source: Slides) -> dict[str, Callable[[], Tensor]]:
-    folder, features = source.path.parent, source.features
+def _variants(source: RandomSlides) -> dict[str, Callable[[], Tensor]]:
+    # One of a cohort, neither its first nor its last.
+    slide_id = source.slide_ids[1]
+    folder, features = source.path.parent, source.read_stored(slide_id).features
     stores = {}
     for dtype in ("float16", "float32"):
         repack(source, folder / f"{dtype}.h5", dtype=dtype, progress=False)
@@ -117,10 +82,10 @@ def _variants(source: Slides) -> dict[str, Callable[[], Tensor]]:
     return {
         REFERENCE: load,
         "torch.load again": load,
-        "packed float16": lambda: stores["float16"].read("b").features,
-        "packed float32": lambda: stores["float32"].read_stored("b").features,
-        MAPPED: lambda: stores["float32"].read("b").features,
-        f"{MAPPED}, every page": lambda: look(stores["float32"].read("b").features),
+        "packed float16": lambda: stores["float16"].read(slide_id).features,
+        "packed float32": lambda: stores["float32"].read_stored(slide_id).features,
+        MAPPED: lambda: stores["float32"].read(slide_id).features,
+        f"{MAPPED}, every page": lambda: look(stores["float32"].read(slide_id).features),
         "h5py, CLAM chunks (32, D)": lambda: read_h5("clam"),
         "h5py, TRIDENT chunks (1, D)": lambda: read_h5("trident"),
         COPY: features.clone,

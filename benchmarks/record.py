@@ -22,8 +22,16 @@ FOLDER = Path(__file__).parent
 PEERS = ("torchmil", "monai")
 
 
-def arguments(description: str | None, *, rounds: int = MIN_ROUNDS) -> argparse.ArgumentParser:
-    """The arguments of every script that times steps: ``--rounds``, ``--device``, ``--folder``."""
+def arguments(
+    description: str | None, *, rounds: int = MIN_ROUNDS, on_gpu: bool = True
+) -> argparse.ArgumentParser:
+    """The arguments of every script: ``--rounds``, ``--folder``, and ``--device`` where it has one.
+
+    Args:
+        description: What the script measures.
+        rounds: How many rounds it makes unless told otherwise.
+        on_gpu: Whether it can measure on a GPU, too.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -33,7 +41,10 @@ def arguments(description: str | None, *, rounds: int = MIN_ROUNDS) -> argparse.
         default=rounds,
         help=f"rounds that count (default: %(default)s); fewer than {MIN_ROUNDS} only try it out",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    if on_gpu:
+        parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    else:
+        parser.set_defaults(device="cpu")
     parser.add_argument(
         "--folder", type=Path, default=FOLDER, help="where the figures are written as JSON"
     )
@@ -90,6 +101,13 @@ def measured(timings: Timings, name: str, reference: str | None = None) -> dict[
         "milliseconds": timings.milliseconds(name),
         "reference_milliseconds": timings.milliseconds(reference or timings.reference),
     }
+
+
+def measured_sum(timings: Timings, *names: str, reference: str | None = None) -> dict[str, float]:
+    """The ratio of what several variants take together, as the file holds it."""
+    rows = [measured(timings, name, reference) for name in names]
+    summed = {key: sum(row[key] for row in rows) for key in ("ratio", "milliseconds")}
+    return rows[0] | summed
 
 
 def write(

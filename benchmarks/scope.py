@@ -6,17 +6,11 @@ Run: python -m benchmarks.scope
 """
 
 import argparse
-import json
-import logging
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -26,7 +20,8 @@ from baselines.clam import CLAMMB, CLAMSB
 from baselines.dsmil import DSMIL
 from baselines.transmil import TransMIL
 from benchmarks.fitting import SteppedFit
-from benchmarks.timing import again, time_steps
+from benchmarks.record import arguments, measured, show, start, write
+from benchmarks.timing import CLOCKS, time_steps
 from mil_anchor import AnchorCallback
 from mil_anchor.data.bags import Bag, Batch, collate_bags
 from mil_anchor.module import MILModule
@@ -40,76 +35,59 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "dsmil": lambda width, hidden: DSMIL(width, 2, attention_width=hidden),
     "asmil": lambda width, hidden: ASMIL(width, 2, hidden=hidden),
 }
-SCOPES = {"bare": None, "block": "block", "encoder": "encoder"}
-_OTHERS = ("block", "encoder", again("bare"))
+BARE, SCOPES = "bare", ("block", "encoder")
 # The first steps find and prove the attention.
 N_FIRST = 3
 
 
 def main() -> None:
     """Time the models and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__, rounds=27)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=27)
     parser.add_argument("--instances", type=int, default=2000)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    chosen = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning").setLevel(logging.ERROR)
-    torch.manual_seed(0)
+    chosen = start(parser)
     batch = collate_bags([Bag(torch.randn(chosen.instances, chosen.width), 1, "bag")])
-    rows = {
-        name: _time(partial(MODELS[name], chosen.width, chosen.hidden), batch, chosen)
-        for name in chosen.models
-    }
-    _print(rows)
-    result = {
-        "torch": torch.__version__,
-        "instances": chosen.instances,
-        "width": chosen.width,
-        "hidden": chosen.hidden,
-        "rounds": chosen.rounds,
-        "models": rows,
-    }
-    if chosen.json is not None:
-        chosen.json.write_text(json.dumps(result, indent=2) + "\n")
+    for key in ("features", "mask", "label"):
+        batch[key] = batch[key].to(chosen.device)
+    table = Table("model", "bare (ms)", *(f"{scope} / bare" for scope in SCOPES), "A/A")
+    ratios: dict[str, dict[str, float]] = {}
+    for name in chosen.models:
+        rows = _time(partial(MODELS[name], chosen.width, chosen.hidden), batch, chosen)
+        ratios |= {f"{name}, {scope}": row for scope, row in rows.items()}
+        row = rows[SCOPES[0]]
+        figures = (row["reference_milliseconds"], *(rows[s]["ratio"] for s in SCOPES))
+        table.add_row(name, *(f"{figure:.4g}" for figure in (*figures, row["control"])))
+    show(table)
+    shape = {key: getattr(chosen, key) for key in ("instances", "width", "hidden", "models")}
+    write("scope", ratios, chosen, **shape)
 
 
 def _time(
     make: Callable[[], nn.Module], batch: Batch, chosen: argparse.Namespace
-) -> dict[str, Any]:
-    """Milliseconds of a step in each variant, ratios to bare, and what the anchor mirrors."""
-    plugins = {name: [AnchorCallback(scope=scope)] for name, scope in SCOPES.items() if scope}
+) -> dict[str, dict[str, float]]:
+    """The ratio of each scope to the bare model, and how many parameters its anchor mirrors."""
+    plugins = {scope: AnchorCallback(scope=scope) for scope in SCOPES}
     with ExitStack() as fits:
         steps = {}
-        for name in SCOPES:
+        for name in (BARE, *SCOPES):
             torch.manual_seed(0)
-            fit = SteppedFit(MILModule(make(), n_classes=2), batch, callbacks=plugins.get(name, ()))
+            callbacks = [plugins[name]] if name in plugins else []
+            module = MILModule(make(), n_classes=2)
+            fit = SteppedFit(module, batch, callbacks=callbacks, device=chosen.device)
             steps[name] = fits.enter_context(fit).step
-        timings = time_steps(steps, rounds=chosen.rounds, n_warmup=N_FIRST)
-        blocks = {name: plugin.anchor.block for name, (plugin,) in plugins.items()}
-    return {
-        name: {
-            "step_ms": timings.milliseconds(name),
-            "ratio": timings.ratio(name),
-            "mirrored_parameters": sum(p.numel() for p in blocks[name].parameters())
-            if name in blocks
-            else 0,
+        timings = time_steps(
+            steps, rounds=chosen.rounds, n_warmup=N_FIRST, clock=CLOCKS[chosen.device]
+        )
+        mirrored = {
+            scope: sum(p.numel() for p in plugin.anchor.block.parameters())
+            for scope, plugin in plugins.items()
         }
-        for name in timings.seconds
+    return {
+        scope: measured(timings, scope) | {"mirrored_parameters": mirrored[scope]}
+        for scope in SCOPES
     }
-
-
-def _print(rows: dict[str, Any]) -> None:
-    ratios = [f"{name} / bare" for name in _OTHERS]
-    table = Table("model", "bare (ms)", *ratios)
-    for model, row in rows.items():
-        others = [f"{row[name]['ratio']:.3f}" for name in _OTHERS]
-        table.add_row(model, f"{row['bare']['step_ms']:.3g}", *others)
-    Console().print(table)
 
 
 if __name__ == "__main__":

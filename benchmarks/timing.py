@@ -78,7 +78,7 @@ def time_steps(
     *,
     reference: str | None = None,
     rounds: int = MIN_ROUNDS,
-    n_warmup: int = 1,
+    n_warmup: int = 0,
     clock: Callable[[Step], float] = cpu_seconds,
 ) -> Timings:
     """Times one step of every variant per round, in orders A B C A' and A' C B A in turn.
@@ -89,7 +89,8 @@ def time_steps(
         variants: What runs one step, by name.
         reference: The variant that is timed twice, as A and A'; by default the first.
         rounds: Number of rounds that count.
-        n_warmup: Number of rounds before them.
+        n_warmup: Number of rounds before them, which a minimum needs only where the first rounds
+            are not like the later ones.
         clock: Seconds of one step.
     """
     reference = reference or next(iter(variants))

@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -310,17 +309,24 @@ def cost(_: Row) -> str:
     titles = ["model", "bare, ms", "block", "encoder", "bare again", "mirrored by encoder"]
     lines = [
         f"CPU time of a training step of one thread, {timed['instances']:,} instances of width "
-        f"{timed['width']}, hidden width {timed['hidden']} (torch {timed['torch']}, `python -m "
-        "benchmarks.scope`), as ratios to the bare model, and parameters of the anchor:",
+        f"{timed['width']}, hidden width {timed['hidden']} (torch {timed['machine']['torch']}, "
+        "`python -m benchmarks.scope`), as ratios to the bare model, and parameters of the anchor:",
         "",
         table_row(*titles),
         table_rule(1, len(titles) - 1),
     ]
-    for model, row in timed["models"].items():
-        ratios = [f"{row[name]['ratio']:.2f}" for name in ("block", "encoder", "bare again")]
-        counts = [row[name]["mirrored_parameters"] for name in ("block", "encoder")]
-        cells = [model, f"{row['bare']['step_ms']:.1f}", *ratios]
-        lines.append(table_row(*cells, f"{counts[1]:,} (block {counts[0]:,})"))
+    for model in timed["models"]:
+        block, encoder = (timed["ratios"][f"{model}, {scope}"] for scope in ("block", "encoder"))
+        ratios = (block["ratio"], encoder["ratio"], block["control"])
+        mirrored = (f"{row['mirrored_parameters']:,}" for row in (encoder, block))
+        lines.append(
+            table_row(
+                model,
+                f"{block['reference_milliseconds']:.1f}",
+                *(f"{ratio:.2f}" for ratio in ratios),
+                "{} (block {})".format(*mirrored),
+            )
+        )
     return "\n".join(lines)
 
 
@@ -338,7 +344,7 @@ PARTS = {
 
 def page(text: str, measured: Row) -> str:
     """The page with its generated parts."""
-    return fill(text, {name: partial(part, measured) for name, part in PARTS.items()})
+    return fill(text, PARTS, measured)
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ Run `python -m docs.scaling` from the checkout; it measures nothing.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def price(measured: Measured) -> str:
         "benchmarks.sweep`), and more are taken to lose no more than that, since jobs share "
         "nothing but disks and memory bandwidth:",
         "",
-        table_row("model", *(f"{n} workers (h)" for n in N_WORKERS)),
+        table_row("model", *(f"{n} worker{'s' * (n > 1)} (h)" for n in N_WORKERS)),
         table_rule(1, len(N_WORKERS)),
     ]
     for name, of_one in [*hours.items(), ("all", sum(hours.values()))]:
@@ -84,7 +83,7 @@ def price(measured: Measured) -> str:
 
 def limits(measured: Measured) -> str:
     """What a step's time goes into."""
-    read = measured["read_bag"][f"{N_TILES} x 1024"]
+    read = measured["read_bag"]["sizes"][f"{N_TILES} x 1024"]
     loop = measured["loop"]
     row = loop["ratios"]["bare Trainer, 10 tiles"]
     n_bags = loop["epochs"] * (loop["train_bags"] + loop["val_bags"])
@@ -135,7 +134,7 @@ PARTS: dict[str, Callable[[Measured], str]] = {
 
 def page(text: str, measured: Measured) -> str:
     """The page with its generated parts."""
-    return fill(text, {name: partial(part, measured) for name, part in PARTS.items()})
+    return fill(text, PARTS, measured)
 
 
 if __name__ == "__main__":

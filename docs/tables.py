@@ -47,13 +47,13 @@ def cost() -> str:
     """What search and proof cost, as benchmarks/first_step.py has measured it."""
     measured = json.loads((BENCHMARKS / "first_step.json").read_text())
     rows = [
-        f"| {name} | {row['first_ms']:.1f} | {row['later_ms']:.1f} |"
-        for name, row in measured["variants"].items()
+        f"| {name} | {row['first_milliseconds']:.1f} | {row['milliseconds']:.1f} |"
+        for name, row in measured["ratios"].items()
     ]
     return "\n".join(
         [
             f"Milliseconds of one CPU thread per step, ABMIL on {measured['instances']} instances "
-            f"of width {measured['width']} (torch {measured['torch']}, `python -m "
+            f"of width {measured['width']} (torch {measured['machine']['torch']}, `python -m "
             "benchmarks.first_step`):",
             "",
             "| | first step | later steps |",
@@ -79,18 +79,18 @@ def supported() -> str:
 def reading() -> str:
     """How fast a bag is read from each layout, as benchmarks/read_bag.py has measured it."""
     measured = json.loads((BENCHMARKS / "read_bag.json").read_text())
-    sizes = [name for name in measured if " x " in name]
+    sizes = measured["sizes"]
     rows = [
         f"| {variant} | "
-        + " | ".join(f"{measured[size][variant]['cpu_ms']:.2f}" for size in sizes)
+        + " | ".join(f"{of_size[variant]['cpu_ms']:.2f}" for of_size in sizes.values())
         + " |"
-        for variant in measured[sizes[0]]
+        for variant in next(iter(sizes.values()))
         if not variant.endswith("again")
     ]
     return "\n".join(
         [
             "CPU milliseconds of one thread from a warm disk cache to a float32 tensor (torch "
-            f"{measured['torch']}, `python -m benchmarks.read_bag`):",
+            f"{measured['machine']['torch']}, `python -m benchmarks.read_bag`):",
             "",
             "| | " + " | ".join(f"{size} bag" for size in sizes) + " |",
             "|---|" + "---:|" * len(sizes),

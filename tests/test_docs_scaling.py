@@ -28,9 +28,11 @@ def measured():
         "loop": {**loop, "ratios": {"bare Trainer, 10 tiles": fit}},
         "sweep": {"ratios": {"joblib": {"ratio": 0.5}}},
         "read_bag": {
-            "10000 x 1024": {
-                "packed float32": {"cpu_ms": 9.0},
-                "packed float32, mapped": {"cpu_ms": 0.9},
+            "sizes": {
+                "10000 x 1024": {
+                    "packed float32": {"cpu_ms": 9.0},
+                    "packed float32, mapped": {"cpu_ms": 0.9},
+                }
             }
         },
     }
@@ -53,6 +55,10 @@ def test_price__workers_without_loss__share_the_hours(measured, monkeypatch):
     cells = (f"{one / n:,.1f}" for n in (1, 2, 8, 64))
     assert f"| DSMIL 1024 | {' | '.join(cells)} |" in text
     assert f"| all | {4 * one:,.1f} |" in text
+
+
+def test_price__one_worker__is_singular(measured):
+    assert "| model | 1 worker (h) | 2 workers (h) | 8 workers (h) |" in price(measured)
 
 
 def test_price__two_workers_that_lose__cost_more(measured):
