@@ -122,7 +122,7 @@ _WITH_ANCHOR_FLOOR = (
 
 GOALS = (
     *(row for goal in _WITH_ANCHOR_FLOOR for row in (goal, _anchor_floor(goal))),
-    _plugin(_TRANSMIL, 1.04),
+    _plugin(_TRANSMIL, 1.04)._replace(script="peers", key=f"{_TRANSMIL} / itself, 10000"),
     _plugin(_TRANSMIL, 1.04, tiles=1000),
     _peer(3, _ABMIL, f"torchmil {_ABMIL}", 0.75),
     _floor(3, _ABMIL, f"torchmil {_ABMIL}"),

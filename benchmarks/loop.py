@@ -103,7 +103,6 @@ def _time(n_instances: int, rounds: int) -> Timings:
                 writer.writerow([slide_id, index % 2, "train" if index < N_TRAIN else "val"])
         fits: dict[str, Callable[[], float]] = {
             PLAIN: partial(_plain, slides.features),
-            "plain loop, fused Adam": partial(_plain, slides.features, fused=True),
             "bare Trainer": partial(_bare, folder),
             "run.py": partial(_run_py, folder),
         }
@@ -123,10 +122,10 @@ def _model() -> ABMIL:
     return ABMIL(WIDTH, 2, hidden=HIDDEN)
 
 
-def _plain(features: Tensor, *, fused: bool = False) -> float:
+def _plain(features: Tensor) -> float:
     """A loop as one writes it by hand: Adam, cosine, metrics at the end of each epoch."""
     model, metrics = _model(), bag_metrics(2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, weight_decay=1e-5, fused=fused)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, weight_decay=1e-5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=N_EPOCHS * N_TRAIN)
     labels = torch.arange(len(features)) % 2
     times = [time.process_time()]

@@ -24,40 +24,29 @@ def main() -> None:
     """Measure and print a table."""
     chosen = start(arguments(__doc__, rounds=1))
     names = list(dict.fromkeys([*MODELS, *(peer for _, peer in PAIRS)]))
-    runs = [TrainingRun(name, N_INSTANCES, has_plugin=False) for name in names]
-    with_plugin = [TrainingRun(name, N_INSTANCES, has_plugin=True) for name in MODELS]
-    found = [
-        training_peaks([*runs, *runs, *with_plugin], device=chosen.device)
-        for _ in range(chosen.rounds)
-    ]
-    peaks = [min(of_run) for of_run in zip(*found, strict=True)]
-    bare = dict(zip(names, peaks, strict=False))
-    controls = {
-        name: again / bare[name] for name, again in zip(names, peaks[len(names) :], strict=False)
-    }
-    plugin = dict(zip(MODELS, peaks[2 * len(names) :], strict=True))
+    bare = {name: TrainingRun(name, N_INSTANCES, has_plugin=False) for name in names}
+    plugin = {name: TrainingRun(name, N_INSTANCES, has_plugin=True) for name in MODELS}
+    runs = [*bare.values(), *plugin.values()]
+    found = [training_peaks([runs[0], *runs], device=chosen.device) for _ in range(chosen.rounds)]
+    again, *peaks = (min(of_run) for of_run in zip(*found, strict=True))
+    megabytes = dict(zip(runs, peaks, strict=True))
+    pairs = {f"{name}, plug-in": (plugin[name], bare[name]) for name in MODELS}
+    pairs |= {f"{name} / {peer}": (plugin[name], bare[peer]) for name, peer in PAIRS}
     ratios = {
-        f"{name}, plug-in": _measured(plugin[name], bare[name], controls[name]) for name in MODELS
-    }
-    ratios |= {
-        f"{name} / {peer}": _measured(plugin[name], bare[peer], controls[peer])
-        for name, peer in PAIRS
+        key: {
+            "ratio": megabytes[run] / megabytes[reference],
+            "control": again / megabytes[runs[0]],
+            "megabytes": megabytes[run],
+            "reference_megabytes": megabytes[reference],
+        }
+        for key, (run, reference) in pairs.items()
     }
     table = Table("variant / reference", "MB", "reference (MB)", "ratio", "A/A")
     for key, row in ratios.items():
-        megabytes = (f"{row[column]:.1f}" for column in ("megabytes", "reference_megabytes"))
-        table.add_row(key, *megabytes, f"{row['ratio']:.3f}", f"{row['control']:.3f}")
+        cells = (f"{row[column]:.1f}" for column in ("megabytes", "reference_megabytes"))
+        table.add_row(key, *cells, f"{row['ratio']:.3f}", f"{row['control']:.3f}")
     show(table)
     write("memory", ratios, chosen, instances=N_INSTANCES)
-
-
-def _measured(megabytes: float, reference: float, control: float) -> dict[str, float]:
-    return {
-        "ratio": megabytes / reference,
-        "control": control,
-        "megabytes": megabytes,
-        "reference_megabytes": reference,
-    }
 
 
 if __name__ == "__main__":

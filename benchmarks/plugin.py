@@ -30,10 +30,8 @@ CASES = (
     ("ABMIL 384-128-128", 10_000),
     ("torchmil ABMIL 1024-512-128", 10_000),
     ("CLAM-SB 1024", 10_000),
-    ("TransMIL 1024", 10_000),
     ("DSMIL 1024", 10_000),
-    ("ABMIL 1024-512-128", 1000),
-    ("ABMIL 384-128-128", 1000),
+    # Of 10,000 tiles it steps among its peers, where it is timed with the plug-in anyhow.
     ("TransMIL 1024", 1000),
 )
 # TransMIL's anchor is next to nothing.

@@ -58,7 +58,7 @@ _README = (
         "torchmil ABMIL 1024-512-128, 10000",
         "torchmil's gated ABMIL + plug-in / the same model, bare",
     ),
-    ("plugin", "TransMIL 1024, 10000", "our TransMIL + plug-in / the same model, bare"),
+    ("peers", "TransMIL 1024 / itself, 10000", "our TransMIL + plug-in / the same model, bare"),
 )
 
 

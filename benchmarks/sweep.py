@@ -29,7 +29,7 @@ LAUNCHERS = {
 def main() -> None:
     """Time the launchers and print a table."""
     parser = arguments(__doc__, rounds=1, on_gpu=False)
-    parser.add_argument("--epochs", type=int, default=20, help="of each job (default: 20)")
+    parser.add_argument("--epochs", type=int, default=40, help="of each job (default: 40)")
     chosen = start(parser)
     wall: dict[str, list[float]] = {name: [] for name in LAUNCHERS}
     cpu: dict[str, list[float]] = {name: [] for name in LAUNCHERS}
