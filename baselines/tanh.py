@@ -25,4 +25,6 @@ class Tanh(nn.Tanh):
             return super().forward(input)
         doubled = (2 * input).to(torch.promote_types(input.dtype, torch.float32))
         # In place where autograd needs nothing of what was there.
-        return doubled.sigmoid_().mul(2).sub_(1).to(input.dtype)
+        sigmoid = doubled.sigmoid_()
+        scaled = sigmoid.mul(2) if sigmoid.requires_grad else sigmoid.mul_(2)
+        return scaled.sub_(1).to(input.dtype)

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 from rich.table import Table
 
-from benchmarks.models import N_PROVING, bag_for, enter_fit
+from benchmarks.models import bag_for, enter_fit
 from benchmarks.peak import TrainingRun, training_peaks
 from benchmarks.record import arguments, show, start, write
 from benchmarks.timing import CLOCKS, Timings, time_steps
@@ -20,8 +20,6 @@ REFERENCE, LARGEST = 5000, 50_000
 MODELS = ("ABMIL 1024-512-128", "CLAM-SB 1024", "TransMIL 1024", "DSMIL 1024")
 # 50,000 tiles take TransMIL ten times what they take the others.
 FEW_ROUNDS = {"TransMIL 1024": 2}
-# Scores that are scaled are proven in several steps, the others in one; TransMIL's cannot be.
-N_FIRST = {"DSMIL 1024": N_PROVING}
 
 
 def main() -> None:
@@ -66,14 +64,8 @@ def _time(name: str, chosen: argparse.Namespace) -> Timings:
         steps = {}
         for size in SIZES:
             batch = bag_for(name, size, device=chosen.device)
-            plugin = AnchorCallback()
             steps[str(size)] = enter_fit(
-                fits,
-                name,
-                batch,
-                plugin=plugin,
-                device=chosen.device,
-                n_first=N_FIRST.get(name, 1),
+                fits, name, batch, plugin=AnchorCallback(), device=chosen.device
             )
         return time_steps(
             steps,

@@ -42,8 +42,8 @@ from mil_anchor.sweep.search import register_search
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 WIDTH, HIDDEN = 384, 128
-# A fifth of CAMELYON16's 270: the shorter a fit, the surer one of its rounds is undisturbed.
-N_TRAIN, N_VAL = 54, 6
+# Fewer than CAMELYON16's 270: the shorter a fit, the surer one of its rounds is undisturbed.
+N_TRAIN, N_VAL = 36, 4
 # Epochs that are run, and those of the fit whose time is told.
 N_EPOCHS, N_EPOCHS_OF_FIT = 2, 40
 PLAIN = "plain loop"

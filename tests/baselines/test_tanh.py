@@ -52,3 +52,12 @@ def test_tanh__value_that_others_read__is_not_overwritten():
     Tanh()(values)
 
     assert values.tolist() == torch.tensor(VALUES).tolist()
+
+
+def test_tanh__without_gradients__takes_one_buffer_beside_its_input():
+    values = torch.ones(2**10)
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+        result = Tanh()(values)
+
+    taken = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
+    assert result.nbytes <= taken < 2 * result.nbytes
