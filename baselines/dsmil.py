@@ -11,7 +11,6 @@ from baselines.checks import check_bags, check_positive
 from baselines.normalization import normalized_scorer, scorer_inputs
 from baselines.output import MILOutput
 from baselines.pooling import attention_pool, mask_scores
-from baselines.tanh import Tanh
 
 _BAG_LOSS_WEIGHT = 0.5
 
@@ -32,7 +31,7 @@ class CriticalAttention(nn.Module):
             nn.Linear(width, attention_width),
             nn.ReLU(),
             nn.Linear(attention_width, attention_width),
-            Tanh(),
+            nn.Tanh(),
         )
 
     def forward(

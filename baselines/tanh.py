@@ -1,4 +1,4 @@
-"""tanh of many instances in less time on the CPU, for ABMIL, CLAM and DSMIL."""
+"""tanh of many instances in less time on the CPU, for the scorers of ABMIL and CLAM."""
 
 import torch
 from torch import Tensor, nn
