@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from baselines.fused import can_fuse, once_differentiable
+from baselines.backward import once_differentiable
+from baselines.fused import can_fuse
 
 # Positions at a time in the gradient for the kernels: their input then stays in the cache.
 _CHUNK = 1024

@@ -5,14 +5,14 @@ plain layers, which stay the documentation and run wherever `can_fuse` says no.
 """
 
 import math
-import sys
-from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+
+from baselines.backward import once_differentiable, taken_over
 
 # Rows at a time: what lies between two products then stays in the cache.
 _CHUNK = 512
@@ -33,29 +33,6 @@ def can_fuse(values: Tensor) -> bool:
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
     )
-
-
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a backward pass refuse ``create_graph=True``.
-
-    torch's decorator of this name fails only where a later derivative runs through the pass. Where
-    ``torch.autograd.grad`` or ``functional.hessian`` take it for a dead end they go around it, and
-    a second derivative, or the penalty on a gradient beside a loss, is silently zero.
-
-    Raises:
-        RuntimeError: In that backward pass, if it is asked for a graph of its own.
-    """
-
-    @wraps(backward)
-    def refusing(ctx: Any, *gradients: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "A fused pass must be differentiated once only, but create_graph=True asks for "
-                "more. Take higher derivatives by torch.func, for which the plain layers run."
-            )
-        return backward(ctx, *gradients)
-
-    return refusing
 
 
 def fused_projection(
@@ -153,7 +130,7 @@ class _Projection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         flat, weight, hidden = ctx.saved_tensors
-        of_linear = _taken_over(gradient).flatten(0, 1)
+        of_linear = taken_over(gradient).flatten(0, 1)
         torch.ops.aten.threshold_backward.grad_input(of_linear, hidden, 0, grad_input=of_linear)
         # On what is small, and not on the gradient of the hidden instances.
         scale = 1 / nearest_keep(ctx.keep) if ctx.keep < 1 else 1.0
@@ -190,7 +167,7 @@ class _GatedScores(torch.autograd.Function):
         weight = _outer_weight(weight, ctx.keep)
         has_consumers = of_instances is not None
         if of_instances is not None:
-            of_instances = _taken_over(of_instances)
+            of_instances = taken_over(of_instances)
         elif ctx.needs_input_grad[0]:
             of_instances = flat.new_empty(*of_scores.shape[:2], flat.shape[1])
         of_rows = of_scores.flatten(0, 1)
@@ -222,21 +199,6 @@ class _GatedScores(torch.autograd.Function):
             of_rows.sum(0),
             None,
         )
-
-
-class _Watched(torch.autograd.Function):
-    """Tells who holds a gradient that comes to it as the ones above get theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, found: list[tuple[int, ...]]) -> Tensor:
-        ctx.found = found
-        return values.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.found.append(_received(gradient))
-        return gradient, None
 
 
 def _gated_scores(
@@ -298,36 +260,3 @@ def _of_linear(of_product: Tensor, tanh: Tensor, sigmoid: Tensor, sigmoids: Tens
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
     torch.addmm(into, left, right, beta=0 if is_first else 1, out=into)
-
-
-def _taken_over(gradient: Tensor) -> Tensor:
-    """The gradient, to be overwritten: itself if nobody else can see it, else a copy."""
-    is_whole = not gradient._is_view() and gradient.is_contiguous()
-    if is_whole and _holders(gradient) == _holders_of_own():
-        return gradient
-    return gradient.clone(memory_format=torch.contiguous_format)
-
-
-def _holders(gradient: Tensor) -> tuple[int, ...]:
-    """Counts who holds the tensor in torch and in Python (a hook may keep it), and its memory."""
-    n_owners = getattr(gradient, "_use_count", int)()
-    memory = gradient.untyped_storage()._cdata
-    return n_owners, sys.getrefcount(gradient), torch._C._storage_Use_Count(memory)
-
-
-@cache
-def _holders_of_own() -> tuple[int, ...]:
-    """What `_taken_over` counts for a gradient that nobody else holds; each Python has its own."""
-    if not hasattr(Tensor, "_use_count"):
-        return ()  # Older releases of torch do not tell.
-    found: list[tuple[int, ...]] = []
-    with torch.inference_mode(mode=False), torch.enable_grad():
-        values = torch.zeros(1, device="cpu", requires_grad=True)
-        watched = _Watched.apply(values, found)  # type: ignore[no-untyped-call]
-        torch.autograd.grad(watched.square().sum(), values)
-    return found[0]
-
-
-def _received(gradient: Tensor) -> tuple[int, ...]:
-    # Called like `_taken_over`, which is one holder more.
-    return _holders(gradient)

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
+from baselines.backward import once_differentiable
 from baselines.depthwise import depthwise_convolution
-from baselines.fused import can_fuse, once_differentiable
+from baselines.fused import can_fuse
 
 _PINV_ITERATIONS = 6
 _RESIDUAL_KERNEL = 33
