@@ -126,11 +126,8 @@ class _CLAM(nn.Module):
         self, chosen: Float[Tensor, "chosen hidden"], examples: Sequence[_Examples]
     ) -> Float[Tensor, ""]:
         loss = chosen.new_zeros(())
-        start = 0
-        for cls, indices, target in examples:
-            own = chosen[start : start + len(indices)]
+        for own, (cls, _, target) in zip(_by_class(chosen, examples), examples, strict=True):
             loss = loss + F.cross_entropy(self.instance_classifiers[cls](own), target)
-            start += len(indices)
         return loss / self.n_classes if self.subtyping else loss
 
 
@@ -142,14 +139,22 @@ def _chosen(
     They are pooled, each with an attention of its own that is a single one: the gradient is one
     product, where that of indexing is written three times, and zero but for a few instances.
     """
-    n_chosen = max(sum(len(index) for _, index, _ in of_bag) for of_bag in examples)
+    n_chosen = max(sum(_sizes(of_bag)) for of_bag in examples)
     rows = instances.new_zeros(len(instances), n_chosen, instances.shape[1])
     for bag, of_bag in zip(rows, examples, strict=True):
-        start = 0
-        for _, index, _ in of_bag:
-            bag[start : start + len(index)].scatter_(1, index[:, None], 1)
-            start += len(index)
+        for own, (_, indices, _) in zip(_by_class(bag, of_bag), of_bag, strict=True):
+            own.scatter_(1, indices[:, None], 1)
     return torch.bmm(rows, instances)
+
+
+def _by_class(rows: Tensor, examples: Sequence[_Examples]) -> tuple[Tensor, ...]:
+    """The rows of a bag's examples, class by class; those behind them are another bag's excess."""
+    sizes = _sizes(examples)
+    return torch.split(rows[: sum(sizes)], sizes)
+
+
+def _sizes(examples: Sequence[_Examples]) -> list[int]:
+    return [len(indices) for _, indices, _ in examples]
 
 
 class CLAMSB(_CLAM):
