@@ -101,9 +101,12 @@ def module_of(name: str) -> MILModule:
 
 def bag_for(name: str, n_instances: int, *, device: str = "cpu") -> Batch:
     """A batch of one random bag as wide as a model reads it, on the device already."""
-    features = torch.randn(
-        n_instances, SUBJECTS[name].width, generator=torch.Generator().manual_seed(0)
-    )
+    return random_bag(n_instances, SUBJECTS[name].width, device=device)
+
+
+def random_bag(n_instances: int, width: int, *, device: str) -> Batch:
+    """A batch of one random bag of this size."""
+    features = torch.randn(n_instances, width, generator=torch.Generator().manual_seed(0))
     batch = collate_bags([Bag(features, 1, "bag")])
     for key in ("features", "mask", "label"):
         batch[key] = batch[key].to(device)

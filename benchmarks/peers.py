@@ -38,8 +38,6 @@ TABLES: tuple[tuple[str, Sequence[str], int], ...] = (
     (TRANSMIL[0], (*TRANSMIL[1], ITSELF), 10_000),
     (*TRANSMIL, 1000),
 )
-
-
 # Instances of a bag in which products take next to nothing, and of one in which calls do.
 FEW, MANY = 10, 10_000
 

@@ -21,8 +21,6 @@ from mil_anchor import AnchorCallback
 from mil_anchor.precision import check_bf16
 
 BARE, PLUGIN, BF16 = "bare", "plug-in", "plug-in, bf16"
-# What the figures of these are called in the file.
-SUFFIXES = {PLUGIN: "", BF16: ", bf16"}
 # Whose plug-in is timed in bfloat16, too: the others' anchors are too small to gain by it.
 IN_BF16 = ("ABMIL 1024-512-128", "CLAM-SB 1024", "DSMIL 1024")
 CASES = (
@@ -52,7 +50,7 @@ def main() -> None:
             plugins[BF16] = {"anchor_precision": "bf16"}
         timings = _time(name, n_instances, plugins, chosen)
         for plugin in plugins:
-            key = f"{name}, {n_instances}{SUFFIXES[plugin]}"
+            key = f"{name}, {n_instances}{plugin.removeprefix(PLUGIN)}"
             ratios[key] = measured(timings, plugin)
             if _alone(plugin) in timings.seconds:
                 ratios[f"{key}, floor"] = measured_sum(timings, BARE, _alone(plugin))

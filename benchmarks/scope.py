@@ -20,10 +20,11 @@ from baselines.clam import CLAMMB, CLAMSB
 from baselines.dsmil import DSMIL
 from baselines.transmil import TransMIL
 from benchmarks.fitting import SteppedFit
+from benchmarks.models import random_bag
 from benchmarks.record import arguments, measured, show, start, write
 from benchmarks.timing import CLOCKS, time_steps
 from mil_anchor import AnchorCallback
-from mil_anchor.data.bags import Bag, Batch, collate_bags
+from mil_anchor.data.bags import Batch
 from mil_anchor.module import MILModule
 
 # DSMIL reads the features as they are.
@@ -48,9 +49,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--hidden", type=int, default=128)
     chosen = start(parser)
-    batch = collate_bags([Bag(torch.randn(chosen.instances, chosen.width), 1, "bag")])
-    for key in ("features", "mask", "label"):
-        batch[key] = batch[key].to(chosen.device)
+    batch = random_bag(chosen.instances, chosen.width, device=chosen.device)
     table = Table("model", "bare (ms)", *(f"{scope} / bare" for scope in SCOPES), "A/A")
     ratios: dict[str, dict[str, float]] = {}
     for name in chosen.models:

@@ -53,6 +53,7 @@ def test_plugin__one_model__writes_its_ratio_and_control(run, capsys):
     floor = written["ratios"][f"{DSMIL}, 30, floor"]
     assert floor["milliseconds"] > floor["reference_milliseconds"]
     assert floor["reference_milliseconds"] == row["reference_milliseconds"]
+    assert floor["ratio"] == pytest.approx(floor["milliseconds"] / floor["reference_milliseconds"])
     assert written["rounds"] == 1
     out = capsys.readouterr().out
     assert "bfloat16" in out
